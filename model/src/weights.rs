@@ -1,0 +1,69 @@
+//! Owns the typed weights of a Llama network as they leave a file: matrices in file order, before
+//! any repacking for kernels. Knows shapes; knows neither file formats nor kernels.
+
+use half::f16;
+
+/// Weights that share one scale in the Q8_0 format, counted along a matrix row.
+pub const Q8_0_BLOCK_LEN: usize = 32;
+
+/// The numbers of one matrix, row-major, `[out, in]`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum MatrixData {
+    /// 32-bit floats, `[out * in]`.
+    F32(Vec<f32>),
+    /// 8-bit integers with one half-precision scale per 32 weights of a row: weight = scale * quant.
+    Q8_0 {
+        /// `[out * in / 32]`.
+        scales: Vec<f16>,
+        /// `[out * in]`.
+        quants: Vec<i8>,
+    },
+}
+
+/// A matrix that maps a row of `in_len` numbers to one of `out_len` numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Matrix {
+    /// Rows of the matrix: length of the product.
+    pub out_len: usize,
+    /// Columns of the matrix: length of the input.
+    pub in_len: usize,
+    /// The numbers. Lengths agree with `out_len` and `in_len`; the loader checked it.
+    pub data: MatrixData,
+}
+
+/// Weights of one transformer layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerWeights {
+    /// RMSNorm before attention, `[hidden]`.
+    pub attention_norm: Vec<f32>,
+    /// Query projection, `[num_heads * head_dim, hidden]`, rows in rotate-half order
+    /// (Hugging Face convention; GGUF files are put into it by the loader).
+    pub query: Matrix,
+    /// Key projection, `[num_kv_heads * head_dim, hidden]`, rows in rotate-half order.
+    pub key: Matrix,
+    /// Value projection, `[num_kv_heads * head_dim, hidden]`.
+    pub value: Matrix,
+    /// Attention output projection, `[hidden, num_heads * head_dim]`.
+    pub attention_output: Matrix,
+    /// RMSNorm before the feed-forward network, `[hidden]`.
+    pub ffn_norm: Vec<f32>,
+    /// SwiGLU gate projection, `[ffn, hidden]`.
+    pub gate: Matrix,
+    /// SwiGLU up projection, `[ffn, hidden]`.
+    pub up: Matrix,
+    /// SwiGLU down projection, `[hidden, ffn]`.
+    pub down: Matrix,
+}
+
+/// All weights of a Llama network.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LlamaWeights {
+    /// Token embeddings, `[vocab, hidden]`.
+    pub embedding: Matrix,
+    /// The layers in order.
+    pub layers: Vec<LayerWeights>,
+    /// Final RMSNorm, `[hidden]`.
+    pub output_norm: Vec<f32>,
+    /// Output projection, `[vocab, hidden]`; `None` when it is tied to the embedding.
+    pub output: Option<Matrix>,
+}
