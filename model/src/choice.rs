@@ -85,11 +85,7 @@ impl Chooser {
     }
 
     /// Penalties, bias and masks into `self.processed`.
-    fn process(
-        &mut self,
-        logits: &[f32],
-        context: &ChoiceContext<'_>,
-    ) -> Result<(), ChoiceFault> {
+    fn process(&mut self, logits: &[f32], context: &ChoiceContext<'_>) -> Result<(), ChoiceFault> {
         self.processed.clear();
         self.processed.extend(logits.iter().map(|&logit| f64::from(logit)));
         if self.processed.iter().any(|logit| logit.is_nan() || *logit == f64::INFINITY) {
@@ -203,8 +199,8 @@ impl Chooser {
                 rest.select_nth_unstable_by(chunk_len - 1, likelier_first);
             }
             rest[..chunk_len].sort_unstable_by(likelier_first);
-            for offset in 0..chunk_len {
-                reached += math::exp(rest[offset].score - max);
+            for (offset, candidate) in rest[..chunk_len].iter().enumerate() {
+                reached += math::exp(candidate.score - max);
                 if reached >= goal {
                     self.candidates.truncate(sorted_len + offset + 1);
                     return;

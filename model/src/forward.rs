@@ -85,7 +85,7 @@ impl Logits {
     /// Number of rows held.
     #[must_use]
     pub fn num_rows(&self) -> usize {
-        if self.vocab_size == 0 { 0 } else { self.data.len() / self.vocab_size }
+        self.data.len().checked_div(self.vocab_size).unwrap_or(0)
     }
 }
 

@@ -1,0 +1,27 @@
+# What CI runs, and what a change must pass before it is submitted.
+
+# everything: format, lints, docs, dependencies, tests
+check: fmt clippy docs deny test
+
+fmt:
+    cargo fmt --all --check
+
+clippy:
+    cargo clippy --release --workspace --all-targets -- -D warnings
+
+docs:
+    RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps
+
+deny:
+    cargo deny check
+
+test:
+    cargo test --release --workspace
+
+# long simulation; `just sim 100000`
+sim seeds="10000":
+    SLIPSTREAM_SIM_SEEDS={{seeds}} cargo test --release -p slipstream-tests simulation -- --nocapture
+
+# single stream, plain beside draft lengths 1 to 8
+bench:
+    cargo bench -p slipstream-benches --bench single_stream

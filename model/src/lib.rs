@@ -1,0 +1,20 @@
+//! What draft and verifier share: token choice and its noise, ragged batches, the paged KV pool,
+//! the Llama network with its kernels, and the loading of model files.
+//!
+//! Read `forward.rs` first (the seam that the engine sees), then `transformer.rs` (what stands
+//! behind it) and `choice.rs` (how a row of logits becomes a token). `unsafe` exists only in
+//! `kernels/`.
+
+pub mod batch;
+pub mod block_manager;
+pub mod choice;
+pub mod clock;
+pub mod config;
+pub mod forward;
+pub mod ids;
+pub mod math;
+pub mod noise;
+pub mod proposal;
+pub mod sampling;
+pub mod token_bytes;
+pub mod weights;

@@ -1,0 +1,152 @@
+//! Owns keeping what agrees: appends accepted tokens and the target's own, applies end tokens, stop
+//! strings and limits inside the accepted run, lowers the KV past the cut, accounts. Decides
+//! nothing: the verdicts are the verifier's.
+
+use slipstream_model::ids::{DraftEpoch, SequenceId, TokenId};
+use slipstream_model::proposal::Proposal;
+use slipstream_verifier::acceptance::FinalToken;
+use slipstream_verifier::verifier::Verdict;
+
+use super::event::{FinishReason, OutputToken, Provenance, SequenceFault};
+use super::scheduler::{PlannedRows, StepPlan};
+use super::step::StepReport;
+use super::{Engine, stop_rules};
+
+/// One token about to be committed.
+struct Commit {
+    token: TokenId,
+    provenance: Provenance,
+    draft_epoch: Option<DraftEpoch>,
+    logprob: Option<f64>,
+}
+
+impl Engine {
+    /// Applies one verdict per planned sequence.
+    pub(super) fn commit(
+        &mut self,
+        plan: &StepPlan,
+        proposals: &[Option<Proposal>],
+        verdicts: Vec<Option<Verdict>>,
+    ) -> StepReport {
+        let mut report = StepReport::default();
+        for ((rows, proposal), verdict) in plan.rows.iter().zip(proposals).zip(verdicts) {
+            let proposed_len = proposal.as_ref().map_or(0, |proposal| proposal.tokens.len());
+            report.num_rows += rows.chunk_len + proposed_len;
+            report.num_committed += match verdict {
+                Some(verdict) => self.commit_verdict(rows, proposal.as_ref(), verdict),
+                None => {
+                    self.keep_computed(rows.id, rows.chunk_len);
+                    0
+                }
+            };
+        }
+        self.counters.committed += report.num_committed as u64;
+        report
+    }
+
+    /// Commits one sequence's accepted tokens and final token in order, until it ends. Returns how
+    /// many it kept.
+    fn commit_verdict(
+        &mut self,
+        rows: &PlannedRows,
+        proposal: Option<&Proposal>,
+        verdict: Verdict,
+    ) -> usize {
+        let proposed: &[TokenId] = proposal.map_or(&[], |proposal| &proposal.tokens);
+        let epoch = proposal.map(|proposal| proposal.epoch);
+        self.keep_computed(rows.id, rows.chunk_len + verdict.accepted_len);
+        let accepted = proposed[..verdict.accepted_len].iter();
+        let accepted = accepted.map(|&token| (token, Provenance::Accepted));
+        let outcome = verdict.outcome.ok().flatten();
+        let last = outcome.map(|last| (last.token(), provenance(last)));
+        let mut num_kept = 0;
+        let mut num_judged = 0;
+        let mut reason = None;
+        for (index, (token, provenance)) in accepted.chain(last).enumerate() {
+            let commit = Commit {
+                token,
+                provenance,
+                draft_epoch: epoch,
+                logprob: verdict.logprobs.get(index).copied(),
+            };
+            num_judged += 1;
+            let is_kept;
+            (is_kept, reason) = self.commit_token(rows.id, &commit);
+            num_kept += usize::from(is_kept);
+            if reason.is_some() {
+                break;
+            }
+        }
+        self.account(rows.id, proposed.len().min(num_judged), verdict.accepted_len.min(num_judged));
+        match (reason, verdict.outcome) {
+            (Some(reason), _) => self.finish(rows.id, reason),
+            (None, Err(fault)) => {
+                tracing::error!(sequence = %rows.id, %fault, "a sequence failed");
+                self.finish(rows.id, FinishReason::Fault(SequenceFault::Choice(fault)));
+            }
+            (None, Ok(_)) => {}
+        }
+        num_kept
+    }
+
+    /// Appends one token unless it ends the completion. Returns whether it was appended, and why
+    /// the sequence ends if it does.
+    fn commit_token(&mut self, id: SequenceId, commit: &Commit) -> (bool, Option<FinishReason>) {
+        let now = self.clock.now();
+        let sequence = self.sequences.get_mut(&id).expect("plans name known sequences");
+        if sequence.request.params.end_ids.contains(&commit.token) {
+            return (false, Some(FinishReason::EndToken(commit.token)));
+        }
+        sequence.first_token.get_or_insert(now);
+        sequence.tokens.push(commit.token);
+        let token = OutputToken {
+            id: commit.token,
+            logprob: commit.logprob,
+            provenance: commit.provenance,
+            draft_epoch: commit.draft_epoch,
+        };
+        let piece = self.token_bytes.get(commit.token);
+        let rules = stop_rules(&sequence.request);
+        if let Some(found) = sequence.output.push(token, piece, rules) {
+            return (true, Some(FinishReason::StopString(found.index)));
+        }
+        let is_full = sequence.remaining_len() == 0;
+        (true, is_full.then_some(FinishReason::Length))
+    }
+
+    /// Records that `len` more positions hold valid KV, and gives back the blocks behind the next
+    /// token: those of rejected proposals.
+    fn keep_computed(&mut self, id: SequenceId, len: usize) {
+        let sequence = self.sequences.get_mut(&id).expect("plans name known sequences");
+        sequence.computed_len += len;
+        let keep_len = sequence.computed_len.max(sequence.tokens.len());
+        self.blocks.shrink(&mut sequence.blocks, keep_len);
+    }
+
+    /// Counts what the proposal of one sequence brought. Tokens behind the end of the sequence were
+    /// never judged and do not count.
+    fn account(&mut self, id: SequenceId, proposed_len: usize, accepted_len: usize) {
+        let sequence = self.sequences.get_mut(&id).expect("plans name known sequences");
+        let usage = &mut sequence.speculation;
+        usage.num_steps += 1;
+        usage.num_proposed += proposed_len;
+        if usage.proposed_by_position.len() < proposed_len {
+            usage.proposed_by_position.resize(proposed_len, 0);
+            usage.accepted_by_position.resize(proposed_len, 0);
+        }
+        for depth in 0..proposed_len {
+            usage.proposed_by_position[depth] += 1;
+            usage.accepted_by_position[depth] += usize::from(depth < accepted_len);
+        }
+        self.counters.proposed += proposed_len as u64;
+        self.counters.accepted += accepted_len as u64;
+    }
+}
+
+fn provenance(last: FinalToken) -> Provenance {
+    match last {
+        FinalToken::Correction(_) => Provenance::Correction,
+        FinalToken::Bonus(_) => Provenance::Bonus,
+        FinalToken::Plain(_) => Provenance::Plain,
+    }
+}

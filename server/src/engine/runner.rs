@@ -1,0 +1,179 @@
+//! Owns the engine thread: takes commands, steps, hands events over. The only file of the engine
+//! that touches channels and threads. Knows nothing of what requests mean.
+
+use std::collections::HashMap;
+use std::io;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crossbeam::channel::{self, Receiver, RecvTimeoutError};
+use slipstream_model::ids::SequenceId;
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+
+use super::Engine;
+use super::event::Event;
+use super::request::SubmitError;
+use crate::handle::{Command, EngineHandle, Submission};
+
+/// How often output is offered again to readers whose queue was full, while nothing else happens.
+const STALLED_POLL: Duration = Duration::from_millis(2);
+
+/// The running engine thread.
+#[derive(Debug)]
+pub struct EngineThread {
+    thread: JoinHandle<()>,
+}
+
+impl EngineThread {
+    /// Waits for the thread to end.
+    ///
+    /// # Errors
+    /// The engine's panic, if that is how it ended.
+    pub fn join(self) -> thread::Result<()> {
+        self.thread.join()
+    }
+
+    /// Whether the thread has ended, which before a `stop` means that it panicked.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.thread.is_finished()
+    }
+}
+
+/// Moves `engine` to a thread of its own that serves at most `max_requests` live requests.
+///
+/// # Errors
+/// When the operating system refuses the thread.
+pub fn spawn(engine: Engine, max_requests: usize) -> io::Result<(EngineHandle, EngineThread)> {
+    let (sender, commands) = channel::bounded(EngineHandle::queue_capacity(max_requests));
+    let runner = Runner {
+        engine,
+        commands,
+        readers: HashMap::new(),
+        is_draining: false,
+        is_stalled: false,
+        news: Vec::new(),
+    };
+    let thread = thread::Builder::new().name("engine".to_owned()).spawn(|| runner.run())?;
+    Ok((EngineHandle::new(sender, max_requests), EngineThread { thread }))
+}
+
+struct Runner {
+    engine: Engine,
+    commands: Receiver<Command>,
+    readers: HashMap<SequenceId, mpsc::Sender<Event>>,
+    is_draining: bool,
+    /// Whether some reader's queue was full when last offered output.
+    is_stalled: bool,
+    /// Scratch.
+    news: Vec<SequenceId>,
+}
+
+impl Runner {
+    fn run(mut self) {
+        while self.take_commands() {
+            self.engine.step();
+            self.deliver();
+        }
+        self.engine.shut_down();
+        self.deliver();
+    }
+
+    /// Takes all commands that wait, and waits for one when there is nothing else to do. Returns
+    /// false when the thread shall end.
+    fn take_commands(&mut self) -> bool {
+        if !self.engine.has_work() {
+            let first = if self.is_stalled {
+                self.commands.recv_timeout(STALLED_POLL)
+            } else {
+                self.commands.recv().map_err(|_| RecvTimeoutError::Disconnected)
+            };
+            match first {
+                Ok(command) => {
+                    if !self.apply(command) {
+                        return false;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return false,
+            }
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            if !self.apply(command) {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Returns false for `Stop`.
+    fn apply(&mut self, command: Command) -> bool {
+        match command {
+            Command::Submit(submission) => self.submit(submission),
+            Command::Cancel(id, permit) => {
+                self.engine.forget(id);
+                self.readers.remove(&id);
+                drop(permit);
+            }
+            Command::Drain => self.is_draining = true,
+            Command::Stop => return false,
+        }
+        true
+    }
+
+    fn submit(&mut self, submission: Submission) {
+        let Submission { id, request, events, reply } = submission;
+        let result = if self.is_draining {
+            Err(SubmitError::ShuttingDown)
+        } else {
+            self.engine.submit(id, request)
+        };
+        if result.is_ok() {
+            self.readers.insert(id, events);
+        }
+        // A caller that no longer waits has dropped its stream, whose cancel follows in the queue.
+        let _ = reply.send(result);
+    }
+
+    /// Offers unsent output to its readers. What does not fit stays with the sequence and coalesces.
+    fn deliver(&mut self) {
+        self.is_stalled = false;
+        let mut news = std::mem::take(&mut self.news);
+        news.clear();
+        self.engine.ids_with_news(&mut news);
+        for &id in &news {
+            self.deliver_to(id);
+        }
+        self.news = news;
+    }
+
+    /// Keeps the reader while it has room for everything and the request goes on.
+    fn deliver_to(&mut self, id: SequenceId) {
+        let Some(reader) = self.readers.remove(&id) else {
+            self.engine.forget(id);
+            return;
+        };
+        loop {
+            match reader.try_reserve() {
+                Ok(permit) => {
+                    let Some(event) = self.engine.take_event(id) else { break };
+                    let is_last = matches!(event, Event::Finished(_));
+                    permit.send(event);
+                    if is_last {
+                        return;
+                    }
+                }
+                Err(TrySendError::Full(())) => {
+                    self.is_stalled = true;
+                    break;
+                }
+                Err(TrySendError::Closed(())) => {
+                    self.engine.forget(id);
+                    return;
+                }
+            }
+        }
+        self.readers.insert(id, reader);
+    }
+}

@@ -1,0 +1,99 @@
+//! Owns the engine's record of one request: its tokens, how far they are computed, and its phase.
+//! There is no prefill or decode phase: the computed length chases the end of the known tokens.
+//! Knows blocks by table only; knows no queues and no policy.
+
+use slipstream_model::block_manager::BlockTable;
+use slipstream_model::clock::Micros;
+use slipstream_model::ids::{SequenceId, TokenId};
+
+use super::event::{FinishReason, SpeculationUsage};
+use super::output::Output;
+use super::request::Request;
+
+/// Where a sequence stands. Changes only in [`Sequence::advance`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Never computed yet.
+    Waiting,
+    /// Holds KV blocks; takes part in steps.
+    Running,
+    /// Its blocks were taken back; it is recomputed when there is room.
+    Preempted,
+    /// Over. Only its unsent output is kept.
+    Finished(FinishReason),
+}
+
+/// The engine's mutable record of one request.
+#[derive(Debug)]
+pub(super) struct Sequence {
+    pub(super) id: SequenceId,
+    pub(super) request: Request,
+    /// Prompt, output prefix, output: all known tokens.
+    pub(super) tokens: Vec<TokenId>,
+    /// Positions whose verifier KV is in `blocks`.
+    pub(super) computed_len: usize,
+    pub(super) blocks: BlockTable,
+    pub(super) phase: Phase,
+    pub(super) output: Output,
+    pub(super) speculation: SpeculationUsage,
+    /// When its first row was planned.
+    pub(super) first_planned: Option<Micros>,
+    /// When its first output token was committed.
+    pub(super) first_token: Option<Micros>,
+}
+
+impl Sequence {
+    pub(super) fn new(id: SequenceId, request: Request, output: Output) -> Self {
+        let mut tokens = request.prompt.clone();
+        tokens.extend_from_slice(&request.output_prefix);
+        Self {
+            id,
+            tokens,
+            output,
+            request,
+            computed_len: 0,
+            blocks: BlockTable::new(),
+            phase: Phase::Waiting,
+            speculation: SpeculationUsage::default(),
+            first_planned: None,
+            first_token: None,
+        }
+    }
+
+    /// Output tokens known so far, the client's prefix included.
+    pub(super) fn output_len(&self) -> usize {
+        self.tokens.len() - self.request.prompt.len()
+    }
+
+    /// Known tokens that are not computed yet. At least 1: the last token never is.
+    pub(super) fn pending_len(&self) -> usize {
+        self.tokens.len() - self.computed_len
+    }
+
+    /// Output tokens it may still produce.
+    pub(super) fn remaining_len(&self) -> usize {
+        self.request.max_tokens - self.output_len()
+    }
+
+    pub(super) fn is_finished(&self) -> bool {
+        matches!(self.phase, Phase::Finished(_))
+    }
+
+    /// The one place where a phase changes.
+    ///
+    /// # Panics
+    /// On a transition that the life of a sequence does not have.
+    pub(super) fn advance(&mut self, to: Phase) {
+        let allowed = match (self.phase, to) {
+            (Phase::Waiting | Phase::Preempted, Phase::Running) => true,
+            (Phase::Running, Phase::Preempted) => true,
+            (Phase::Waiting | Phase::Running | Phase::Preempted, Phase::Finished(_)) => true,
+            (Phase::Finished(_), _)
+            | (_, Phase::Waiting)
+            | (Phase::Waiting | Phase::Preempted, Phase::Preempted)
+            | (Phase::Running, Phase::Running) => false,
+        };
+        assert!(allowed, "sequence {}: no way from {:?} to {to:?}", self.id, self.phase);
+        self.phase = to;
+    }
+}
