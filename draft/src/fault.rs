@@ -16,7 +16,13 @@ pub enum DraftFault {
     /// It panicked. Caught by the engine.
     #[error("the draft panicked: {0}")]
     Panicked(String),
-    /// It proposed something that no proposal may be.
-    #[error("the draft proposed nonsense: {0}")]
-    Nonsense(&'static str),
+    /// It took more than twice its time. Running out of time is no fault: it then returns what it
+    /// has. Not returning is.
+    #[error("the draft took {taken_us} microseconds of {budget_us}")]
+    OverBudget {
+        /// Time it took.
+        taken_us: u64,
+        /// Time it had.
+        budget_us: u64,
+    },
 }

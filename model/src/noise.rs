@@ -65,6 +65,18 @@ impl NoiseRow {
 }
 
 impl NoiseBits {
+    /// The noise of the given 53 bits; higher bits are ignored. For tests of the extremes.
+    #[must_use]
+    pub fn from_raw(bits: u64) -> Self {
+        Self(bits & ((1 << 53) - 1))
+    }
+
+    /// The 53 bits.
+    #[must_use]
+    pub fn raw(self) -> u64 {
+        self.0
+    }
+
     /// `-ln(-ln(u))`. For `u` near 1 the complement `1 - u` is used, which `f64` holds exactly:
     /// `u` itself would round, to 1 at the very end, and clip the tail that rare tokens need.
     #[must_use]

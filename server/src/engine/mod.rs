@@ -205,9 +205,8 @@ impl Engine {
         if wanted > capacity {
             return Err(SubmitError::NeverFits { wanted, capacity });
         }
-        let is_waiting = |phase| matches!(phase, Phase::Waiting | Phase::Preempted);
-        let waiting = self.sequences.values().filter(|sequence| is_waiting(sequence.phase));
-        if waiting.count() >= self.config.max_running + self.config.max_waiting {
+        let live = self.sequences.values().filter(|sequence| !sequence.is_finished());
+        if live.count() >= self.config.max_running + self.config.max_waiting {
             return Err(SubmitError::QueueFull { limit: self.config.max_waiting });
         }
         Ok(())

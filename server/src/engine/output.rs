@@ -47,8 +47,8 @@ impl Output {
         let mut known = String::new();
         self.taken_bytes += decode(&self.bytes[self.taken_bytes..], false, &mut known);
         let found = self.find(new_from, rules);
-        if found.is_some() {
-            self.bytes.truncate(self.taken_bytes);
+        if let Some(found) = found {
+            self.cut(found.cut);
         }
         found
     }

@@ -6,7 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use slipstream_draft::fault::DraftFault;
 use slipstream_draft::proposer::{ProposeWork, Proposer, TimeBudget};
-use slipstream_model::ids::SequenceId;
+use slipstream_model::clock::Micros;
+use slipstream_model::ids::{DraftEpoch, SequenceId};
 use slipstream_model::proposal::Proposal;
 
 /// What came of asking the draft in one step.
@@ -35,6 +36,11 @@ impl Draft {
         Self { proposer, consecutive_faults: 0, is_quarantined: false }
     }
 
+    /// Whether there is a draft that may be asked.
+    pub(super) fn is_available(&self) -> bool {
+        self.proposer.is_some() && !self.is_quarantined
+    }
+
     pub(super) fn is_quarantined(&self) -> bool {
         self.is_quarantined
     }
@@ -48,23 +54,22 @@ impl Draft {
         quarantine_after: usize,
     ) -> ProposeOutcome {
         let mut outcome = ProposeOutcome::default();
-        if work.is_empty() || self.is_quarantined {
+        if work.is_empty() || !self.is_available() {
             return outcome;
         }
         let Some(proposer) = self.proposer.as_mut() else { return outcome };
-        let epoch = proposer.epoch();
+        let begin = budget.clock.now();
+        let mut epoch = DraftEpoch::default();
         let mut raw = Vec::with_capacity(work.len());
-        match guard(|| proposer.propose(work, budget, &mut raw)) {
+        let asked = guard(|| {
+            epoch = proposer.epoch();
+            proposer.propose(work, budget, &mut raw)
+        });
+        match asked.and_then(|()| check_time(begin, budget)) {
             Ok(()) => {
-                for proposal in raw {
-                    let is_new =
-                        outcome.proposals.iter().all(|kept| kept.sequence != proposal.sequence);
-                    if is_new && proposal.epoch == epoch && is_sane(&proposal, work, vocab_size) {
-                        outcome.proposals.push(proposal);
-                    } else {
-                        outcome.num_dropped += 1;
-                    }
-                }
+                let num_raw = raw.len();
+                outcome.proposals = keep_sane(raw, work, epoch, vocab_size);
+                outcome.num_dropped = (num_raw - outcome.proposals.len()) as u64;
             }
             Err(fault) => {
                 tracing::warn!(%fault, %epoch, "the draft failed; this step decodes plainly");
@@ -102,6 +107,16 @@ impl Draft {
     }
 }
 
+/// A proposer that took more than twice its time is at fault: the tokens of every stream waited.
+fn check_time(begin: Micros, budget: TimeBudget<'_>) -> Result<(), DraftFault> {
+    let budget_us = budget.deadline.since(begin).0;
+    let taken_us = budget.clock.now().since(begin).0;
+    if taken_us > budget_us.saturating_mul(2) {
+        return Err(DraftFault::OverBudget { taken_us, budget_us });
+    }
+    Ok(())
+}
+
 /// Runs a call into the draft and turns a panic into a fault.
 fn guard(call: impl FnOnce() -> Result<(), DraftFault>) -> Result<(), DraftFault> {
     // Unwind safety: after a panic the proposer is reset before it is asked again, and nothing it
@@ -116,10 +131,23 @@ fn guard(call: impl FnOnce() -> Result<(), DraftFault>) -> Result<(), DraftFault
     }
 }
 
-/// Whether a proposal is for a sequence that was asked for, no longer than asked for, and made of
-/// vocabulary ids.
-fn is_sane(proposal: &Proposal, work: &[ProposeWork<'_>], vocab_size: usize) -> bool {
-    let asked = work.iter().find(|item| item.sequence == proposal.sequence);
-    asked.is_some_and(|item| proposal.tokens.len() <= item.draft_len)
-        && proposal.tokens.iter().all(|token| token.index() < vocab_size)
+/// The proposals that are of this epoch, for a sequence that was asked for and only once, no longer
+/// than asked for, and made of vocabulary ids.
+fn keep_sane(
+    raw: Vec<Proposal>,
+    work: &[ProposeWork<'_>],
+    epoch: DraftEpoch,
+    vocab_size: usize,
+) -> Vec<Proposal> {
+    let mut kept: Vec<Proposal> = Vec::with_capacity(raw.len());
+    for proposal in raw {
+        let asked = work.iter().find(|item| item.sequence == proposal.sequence);
+        let fits = asked.is_some_and(|item| proposal.tokens.len() <= item.draft_len);
+        let is_first = kept.iter().all(|other| other.sequence != proposal.sequence);
+        let is_known = proposal.tokens.iter().all(|token| token.index() < vocab_size);
+        if fits && is_first && is_known && proposal.epoch == epoch {
+            kept.push(proposal);
+        }
+    }
+    kept
 }

@@ -98,9 +98,11 @@ struct Planner<'a> {
     admit: Vec<SequenceId>,
 }
 
-/// Plans one step over `sequences`, given in id order.
+/// Plans one step over `sequences`, given in id order. Without a draft that `can_propose`, nothing
+/// is set aside for proposals.
 pub(super) fn plan<'a>(
     config: &EngineConfig,
+    can_propose: bool,
     sequences: impl Iterator<Item = &'a Sequence>,
     blocks: &BlockManager,
 ) -> StepPlan {
@@ -124,7 +126,9 @@ pub(super) fn plan<'a>(
     planner.plan_decode_rows();
     planner.plan_chunks();
     planner.admit(waiting);
-    planner.plan_proposals();
+    if can_propose {
+        planner.plan_proposals();
+    }
     planner.finish()
 }
 

@@ -26,7 +26,9 @@ impl Engine {
     pub fn step(&mut self) -> StepReport {
         let now = self.clock.now();
         self.expire(now);
-        let plan = scheduler::plan(&self.config, self.sequences.values(), &self.blocks);
+        let can_propose = self.draft.is_available();
+        let sequences = self.sequences.values();
+        let plan = scheduler::plan(&self.config, can_propose, sequences, &self.blocks);
         self.apply(&plan, now);
         if plan.rows.is_empty() {
             return StepReport::default();
