@@ -18,7 +18,7 @@ use slipstream_server::config::{Config, ModelFlags};
 use slipstream_server::engine::Engine;
 use slipstream_server::engine::event::{Event, Finished};
 use slipstream_server::engine::request::{Request, Speculation};
-use slipstream_server::startup::{Assembly, assemble};
+use slipstream_server::startup::assemble;
 
 /// Beginnings of Rust code, written for this bench.
 const PROMPTS: [&str; 4] = [
@@ -71,9 +71,11 @@ fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let clock: Arc<dyn Clock> = Arc::new(MonotonicClock::start());
     let config = Config::new(&args.model, Duration::ZERO)?;
-    let Assembly { engine, model, .. } = assemble(&config, Arc::clone(&clock))?;
-    let encode = |text: &&str| model.tokenizer().encode(text, true).context("tokenising a prompt");
+    let assembly = assemble(&config, Arc::clone(&clock))?;
+    let tokenizer = assembly.tokenizer();
+    let encode = |text: &&str| tokenizer.encode(text, true).context("tokenising a prompt");
     let prompts = PROMPTS.iter().map(encode).collect::<anyhow::Result<_>>()?;
+    let engine = assembly.engine;
     let mut bench = Bench { engine, clock, prompts, tokens: args.tokens, next_id: 0 };
     let mut out = std::io::stdout().lock();
     writeln!(out, "{} rounds x {} prompts x {} tokens", args.rounds, PROMPTS.len(), args.tokens)?;

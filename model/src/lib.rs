@@ -5,16 +5,28 @@
 //! behind it) and `choice.rs` (how a row of logits becomes a token). `unsafe` exists only in
 //! `kernels/`.
 
+pub mod attention;
 pub mod batch;
 pub mod block_manager;
 pub mod choice;
 pub mod clock;
 pub mod config;
+pub mod digest;
+pub mod error;
 pub mod forward;
 pub mod ids;
+pub mod kernels;
+pub mod kv_pool;
+pub mod linear;
+pub mod load;
 pub mod math;
 pub mod noise;
+pub mod packed;
 pub mod proposal;
+pub mod reference;
+pub mod rope;
 pub mod sampling;
 pub mod token_bytes;
+pub mod tokenizer;
+pub mod transformer;
 pub mod weights;

@@ -2,6 +2,7 @@
 //! `tokenizer.json` or GGUF metadata; it knows neither files nor models. Ids -> text goes through
 //! [`TokenBytes`], never through the `tokenizers` crate.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::ids::TokenId;
@@ -79,9 +80,12 @@ impl Tokenizer {
     /// # Errors
     /// [`EncodeError`] for text the vocabulary cannot spell; byte-level ones spell everything.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, EncodeError> {
-        match self.inner.encode_fast(text, add_special) {
-            Ok(encoding) => Ok(encoding.get_ids().iter().map(|id| TokenId(*id)).collect()),
-            Err(error) => Err(EncodeError { reason: error.to_string() }),
+        // Text and tokenizer both come from outside; a panic of the crate must not cross this line.
+        let encoded = catch_unwind(AssertUnwindSafe(|| self.inner.encode_fast(text, add_special)));
+        match encoded {
+            Ok(Ok(encoding)) => Ok(encoding.get_ids().iter().map(|id| TokenId(*id)).collect()),
+            Ok(Err(error)) => Err(EncodeError { reason: error.to_string() }),
+            Err(_) => Err(EncodeError { reason: "the tokenizers crate gave up on it".to_owned() }),
         }
     }
 
@@ -111,7 +115,8 @@ impl Tokenizer {
         self.named.bos
     }
 
-    /// Tokens that end a completion; the same as [`LlamaConfig::eos_ids`](crate::config::LlamaConfig::eos_ids).
+    /// Tokens that end a completion, as [`eos_ids`](crate::config::LlamaConfig::eos_ids) of the
+    /// configuration has them.
     #[must_use]
     pub fn eos_ids(&self) -> &[TokenId] {
         &self.named.eos

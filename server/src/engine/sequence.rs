@@ -65,11 +65,6 @@ impl Sequence {
         self.tokens.len() - self.request.prompt.len()
     }
 
-    /// Known tokens that are not computed yet. At least 1: the last token never is.
-    pub(super) fn pending_len(&self) -> usize {
-        self.tokens.len() - self.computed_len
-    }
-
     /// Output tokens it may still produce.
     pub(super) fn remaining_len(&self) -> usize {
         self.request.max_tokens - self.output_len()

@@ -1,0 +1,352 @@
+//! Owns the AVX2 implementation of the kernels. Must equal `plain.rs` bit for bit: an f32 lane here
+//! is a lane there, and every lane sees the same operations in the same order. Only how many
+//! outputs and rows are worked on side by side is free. Lengths were checked by the entry points.
+//!
+//! `unsafe` appears for two reasons: memory is read and written through vector loads and stores,
+//! each behind a reference to an array of just that size; and functions that need the CPU's
+//! features are called from ones that do not, with the [`Avx2`] proof in hand.
+#![allow(unsafe_code)] // vector loads and stores, and calls into functions that need AVX2
+
+mod products;
+
+use std::arch::x86_64::*;
+
+use super::packed::ScaleLanes;
+use super::plain::{self, EXP_MAX, EXP_MIN, EXP_SERIES, LN2_HI, LN2_LO};
+use super::{Kernels, QUANT_BLOCK_LEN, SplitSum};
+use crate::ids::BLOCK_LEN;
+
+/// Proof that this CPU has AVX2, FMA and F16C. Only detection makes one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Avx2(());
+
+impl Avx2 {
+    /// Asks the CPU.
+    pub(super) fn detect() -> Option<Self> {
+        let has_all = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        has_all.then_some(Self(()))
+    }
+
+    /// The kernels, which nobody gets at without the proof.
+    pub(super) fn kernels(self) -> &'static Kernels {
+        &KERNELS
+    }
+}
+
+// SAFETY (all entries): the table is private and handed out by `Avx2::kernels` only, so whoever
+// calls these holds the proof that the CPU has the features.
+static KERNELS: Kernels = Kernels {
+    product_f32: |weights, input, out| {
+        // SAFETY: see the table.
+        unsafe { products::product_f32(weights, input, out) }
+    },
+    product_q8_0: |weights, input, out| {
+        // SAFETY: see the table.
+        unsafe { products::product_q8_0(weights, input, out) }
+    },
+    quantise: |values, quants, scales| {
+        // SAFETY: see the table.
+        unsafe { quantise(values, quants, scales) }
+    },
+    rms_norm: |x, weight, eps, out| {
+        // SAFETY: see the table.
+        unsafe { rms_norm(x, weight, eps, out) }
+    },
+    swiglu: |gate, up| {
+        // SAFETY: see the table.
+        unsafe { swiglu(gate, up) }
+    },
+    scores: |query, keys, scale, out| {
+        // SAFETY: see the table.
+        unsafe { scores(query, keys, scale, out) }
+    },
+    softmax: |scores| {
+        // SAFETY: see the table.
+        unsafe { softmax(scores) }
+    },
+    accumulate: |probabilities, values, out| {
+        // SAFETY: see the table.
+        unsafe { accumulate(probabilities, values, out) }
+    },
+    exp: |values| {
+        // SAFETY: see the table.
+        unsafe { exp_slice(values) }
+    },
+};
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn load(from: &[f32; 8]) -> __m256 {
+    // SAFETY: the reference is to 32 readable bytes; the load needs no alignment.
+    unsafe { _mm256_loadu_ps(from.as_ptr()) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn store(to: &mut [f32; 8], value: __m256) {
+    // SAFETY: the reference is to 32 writable bytes; the store needs no alignment.
+    unsafe { _mm256_storeu_ps(to.as_mut_ptr(), value) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn load_i8(from: &[i8; 32]) -> __m256i {
+    // SAFETY: the reference is to 32 readable bytes; the load needs no alignment.
+    unsafe { _mm256_loadu_si256(from.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn store_i8(to: &mut [i8; 32], value: __m256i) {
+    // SAFETY: the reference is to 32 writable bytes; the store needs no alignment.
+    unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), value) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn load_scales(from: &ScaleLanes) -> __m256 {
+    // SAFETY: the reference is to 16 readable bytes; the load needs no alignment.
+    let halves = unsafe { _mm_loadu_si128(from.0.as_ptr().cast()) };
+    _mm256_cvtph_ps(halves)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn quantise(values: &[f32], quants: &mut [i8], scales: &mut [f32]) {
+    let (blocks, _) = values.as_chunks::<QUANT_BLOCK_LEN>();
+    let (quants, _) = quants.as_chunks_mut::<QUANT_BLOCK_LEN>();
+    for ((block, quants), scale) in blocks.iter().zip(quants).zip(scales) {
+        let (parts, _) = block.as_chunks::<8>();
+        let inverse;
+        (*scale, inverse) = plain::block_scale(largest_magnitude_bits(parts));
+        if inverse == 0.0 {
+            *quants = [0; QUANT_BLOCK_LEN];
+            continue;
+        }
+        let inverse = _mm256_set1_ps(inverse);
+        let rounded = |part: &[f32; 8]| {
+            // The conversion rounds ties to even: nothing changes the CPU's rounding mode.
+            _mm256_cvtps_epi32(_mm256_mul_ps(load(part), inverse))
+        };
+        let low = _mm256_packs_epi32(rounded(&parts[0]), rounded(&parts[1]));
+        let high = _mm256_packs_epi32(rounded(&parts[2]), rounded(&parts[3]));
+        // Packing works on 128-bit halves: 32-bit groups come out as 0 2 4 6 1 3 5 7.
+        let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        let bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+        store_i8(quants, bytes);
+    }
+}
+
+/// Bits of the largest magnitude, compared as integers, so that NaN is the largest.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn largest_magnitude_bits(parts: &[[f32; 8]]) -> u32 {
+    let magnitude_mask = _mm256_set1_epi32(i32::MAX);
+    let mut max = _mm256_setzero_si256();
+    for part in parts {
+        let bits = _mm256_and_si256(_mm256_castps_si256(load(part)), magnitude_mask);
+        max = _mm256_max_epi32(max, bits);
+    }
+    let quad = _mm_max_epi32(_mm256_castsi256_si128(max), _mm256_extracti128_si256::<1>(max));
+    let pair = _mm_max_epi32(quad, _mm_shuffle_epi32::<0b01_00_11_10>(quad));
+    let one = _mm_max_epi32(pair, _mm_shuffle_epi32::<0b10_11_00_01>(pair));
+    _mm_cvtsi128_si32(one) as u32
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let (parts, tail) = x.as_chunks::<8>();
+    let mut sums = _mm256_setzero_ps();
+    for part in parts {
+        let part = load(part);
+        sums = _mm256_fmadd_ps(part, part, sums);
+    }
+    let mut lanes = [0.0; 8];
+    store(&mut lanes, sums);
+    for (lane, x) in lanes.iter_mut().zip(tail) {
+        *lane = x.mul_add(*x, *lane);
+    }
+    let scale = plain::norm_scale(plain::tree(lanes), x.len(), eps);
+    for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = (x * scale) * weight;
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn swiglu(gate: &mut [f32], up: &[f32]) {
+    let (gates, gate_tail) = gate.as_chunks_mut::<8>();
+    let (ups, up_tail) = up.as_chunks::<8>();
+    let (one, sign) = (_mm256_set1_ps(1.0), _mm256_set1_ps(-0.0));
+    for (gate, up) in gates.iter_mut().zip(ups) {
+        let x = load(gate);
+        let silu = _mm256_div_ps(x, _mm256_add_ps(one, exp(_mm256_xor_ps(x, sign))));
+        store(gate, _mm256_mul_ps(silu, load(up)));
+    }
+    for (gate, &up) in gate_tail.iter_mut().zip(up_tail) {
+        *gate = plain::swiglu_one(*gate, up);
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn scores(query: &[f32], keys: &[f32], scale: f32, out: &mut [f32; BLOCK_LEN]) {
+    let (query, _) = query.as_chunks::<8>();
+    let (keys, _) = keys.as_chunks::<8>();
+    let scale = _mm256_set1_ps(scale);
+    let (outs, _) = out.as_chunks_mut::<8>();
+    for (keys, out) in keys.chunks_exact(8 * query.len()).zip(outs) {
+        store(out, _mm256_mul_ps(eight_dots(query, keys), scale));
+    }
+}
+
+/// Dot products of one query with eight keys, side by side to hide latency.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn eight_dots(query: &[[f32; 8]], keys: &[[f32; 8]]) -> __m256 {
+    let num_parts = query.len();
+    let keys: [&[[f32; 8]]; 8] = std::array::from_fn(|j| &keys[j * num_parts..][..num_parts]);
+    let mut sums = [_mm256_setzero_ps(); 8];
+    for (part, query) in query.iter().enumerate() {
+        let query = load(query);
+        for (sum, key) in sums.iter_mut().zip(keys) {
+            *sum = _mm256_fmadd_ps(query, load(&key[part]), *sum);
+        }
+    }
+    // The fixed tree for all eight at once. Each step adds the same lanes as `plain::tree` and packs two
+    // registers into one; the order of the pairs makes key j end in lane j.
+    let fold_four = |a: __m256, b: __m256| {
+        let low = _mm256_permute2f128_ps::<0x20>(a, b);
+        let high = _mm256_permute2f128_ps::<0x31>(a, b);
+        _mm256_add_ps(low, high)
+    };
+    let fold_two = |a: __m256, b: __m256| {
+        let (a, b) = (_mm256_castps_pd(a), _mm256_castps_pd(b));
+        let low = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+        let high = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+        _mm256_add_ps(low, high)
+    };
+    let [s0, s1, s2, s3, s4, s5, s6, s7] = sums;
+    let even = fold_two(fold_four(s0, s4), fold_four(s1, s5));
+    let odd = fold_two(fold_four(s2, s6), fold_four(s3, s7));
+    _mm256_add_ps(
+        _mm256_shuffle_ps::<0b10_00_10_00>(even, odd),
+        _mm256_shuffle_ps::<0b11_01_11_01>(even, odd),
+    )
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn softmax(scores: &mut [f32]) -> SplitSum {
+    let max = largest(scores);
+    let wide_max = _mm256_set1_ps(max);
+    let mut sums = _mm256_setzero_ps();
+    let (parts, tail) = scores.as_chunks_mut::<8>();
+    for part in parts {
+        let probabilities = exp(_mm256_sub_ps(load(part), wide_max));
+        store(part, probabilities);
+        sums = _mm256_add_ps(sums, probabilities);
+    }
+    let mut lanes = [0.0; 8];
+    store(&mut lanes, sums);
+    for (lane, score) in lanes.iter_mut().zip(tail) {
+        *score = plain::exp(*score - max);
+        *lane += *score;
+    }
+    SplitSum { max, sum: plain::tree(lanes) }
+}
+
+/// Largest number, NaN passed over, -infinity when there is none; never -0.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn largest(values: &[f32]) -> f32 {
+    let (parts, tail) = values.as_chunks::<8>();
+    let mut max = _mm256_set1_ps(f32::NEG_INFINITY);
+    for part in parts {
+        // Of two operands, the second is returned when one is NaN.
+        max = _mm256_max_ps(load(part), max);
+    }
+    let mut lanes = [0.0; 8];
+    store(&mut lanes, max);
+    let all = lanes.iter().chain(tail);
+    all.fold(f32::NEG_INFINITY, |max, &s| if s > max { s } else { max }) + 0.0
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn accumulate(probabilities: &[f32], values: &[f32], out: &mut [f32]) {
+    let num_parts = out.len() / 8;
+    let (values, _) = values.as_chunks::<8>();
+    let (outs, _) = out.as_chunks_mut::<8>();
+    let mut first = 0;
+    while first < num_parts {
+        let num = if num_parts - first >= 8 { 8 } else { 1 };
+        let outs = &mut outs[first..first + num];
+        if num == 8 {
+            accumulate_parts::<8>(probabilities, values, outs, (first, num_parts));
+        } else {
+            accumulate_parts::<1>(probabilities, values, outs, (first, num_parts));
+        }
+        first += num;
+    }
+}
+
+/// `PARTS` vectors of the output, from vector `at.0` of the `at.1` of a value row.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn accumulate_parts<const PARTS: usize>(
+    probabilities: &[f32],
+    values: &[[f32; 8]],
+    outs: &mut [[f32; 8]],
+    at: (usize, usize),
+) {
+    let (first, num_parts) = at;
+    let mut sums: [__m256; PARTS] = std::array::from_fn(|part| load(&outs[part]));
+    for (&probability, values) in probabilities.iter().zip(values.chunks_exact(num_parts)) {
+        let probability = _mm256_set1_ps(probability);
+        for (sum, value) in sums.iter_mut().zip(&values[first..first + PARTS]) {
+            *sum = _mm256_fmadd_ps(probability, load(value), *sum);
+        }
+    }
+    for (out, sum) in outs.iter_mut().zip(sums) {
+        store(out, sum);
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn exp_slice(values: &mut [f32]) {
+    let (parts, tail) = values.as_chunks_mut::<8>();
+    for part in parts {
+        let result = exp(load(part));
+        store(part, result);
+    }
+    for value in tail {
+        *value = plain::exp(*value);
+    }
+}
+
+/// The plain twin's exponential in eight lanes. Comparisons return their second operand when one is
+/// NaN, so that NaN passes through.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn exp(x: __m256) -> __m256 {
+    let x = _mm256_min_ps(_mm256_set1_ps(EXP_MAX), x);
+    let x = _mm256_max_ps(_mm256_set1_ps(EXP_MIN), x);
+    let k = _mm256_mul_ps(x, _mm256_set1_ps(std::f32::consts::LOG2_E));
+    let k = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(k);
+    let r = _mm256_fnmadd_ps(k, _mm256_set1_ps(LN2_HI), x);
+    let r = _mm256_fnmadd_ps(k, _mm256_set1_ps(LN2_LO), r);
+    let mut series = _mm256_set1_ps(EXP_SERIES[0]);
+    for &coefficient in &EXP_SERIES[1..] {
+        series = _mm256_fmadd_ps(series, r, _mm256_set1_ps(coefficient));
+    }
+    let k = _mm256_cvtps_epi32(k);
+    let half = _mm256_srai_epi32::<1>(k);
+    let scaled = _mm256_mul_ps(series, power_of_two(half));
+    _mm256_mul_ps(scaled, power_of_two(_mm256_sub_epi32(k, half)))
+}
+
+/// `2^k` in every lane.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn power_of_two(k: __m256i) -> __m256 {
+    let biased = _mm256_add_epi32(k, _mm256_set1_epi32(127));
+    _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+}

@@ -1,0 +1,214 @@
+//! Owns the plain twins: what every kernel computes, written so that the order of operations can
+//! be read. They define the bits; the reference decoder runs on them. Knows nothing of the CPU.
+//!
+//! `f32::mul_add` is the fused operation with one rounding, on every machine. Nothing here may be
+//! rearranged without raising [`NUMERICS_VERSION`](super::NUMERICS_VERSION).
+
+use half::f16;
+
+use super::packed::{GROUP_LEN, QuantTile, STRIP_LEN, StripOutput};
+use super::{AMAX_MIN, F32Strips, Kernels, Q8Strips, QUANT_BLOCK_LEN, QuantRows, SplitSum};
+use crate::ids::BLOCK_LEN;
+
+pub(super) static KERNELS: Kernels = Kernels {
+    product_f32,
+    product_q8_0,
+    quantise,
+    rms_norm,
+    swiglu,
+    scores,
+    softmax,
+    accumulate,
+    exp: |values| values.iter_mut().for_each(|value| *value = exp(*value)),
+};
+
+/// Bits of +infinity: the bits of a magnitude at or above these mean infinity or NaN.
+pub(super) const INFINITY_BITS: u32 = 0x7F80_0000;
+
+fn product_f32(weights: &F32Strips<'_>, input: &[f32], out: &mut [StripOutput]) {
+    let F32Strips { lanes, in_len } = *weights;
+    let num_rows = input.len() / in_len;
+    if num_rows == 0 {
+        return;
+    }
+    for (strip, out) in lanes.chunks_exact(in_len).zip(out.chunks_exact_mut(num_rows)) {
+        for (row, out) in input.chunks_exact(in_len).zip(out) {
+            let mut sums = [0.0_f32; STRIP_LEN];
+            for (lanes, &x) in strip.iter().zip(row) {
+                for (sum, &weight) in sums.iter_mut().zip(&lanes.0) {
+                    *sum = weight.mul_add(x, *sum);
+                }
+            }
+            *out = sums;
+        }
+    }
+}
+
+fn product_q8_0(weights: &Q8Strips<'_>, input: &QuantRows<'_>, out: &mut [StripOutput]) {
+    let num_blocks = weights.num_blocks;
+    let num_rows = input.scales.len() / num_blocks;
+    if num_rows == 0 {
+        return;
+    }
+    let strips = weights.tiles.chunks_exact(num_blocks).zip(weights.scales.chunks(num_blocks));
+    for ((tiles, weight_scales), out) in strips.zip(out.chunks_exact_mut(num_rows)) {
+        let rows = input.quants.chunks_exact(num_blocks * QUANT_BLOCK_LEN);
+        let rows = rows.zip(input.scales.chunks_exact(num_blocks));
+        for ((quants, scales), out) in rows.zip(out) {
+            let (blocks, _) = quants.as_chunks::<QUANT_BLOCK_LEN>();
+            let mut sums = [0.0_f32; STRIP_LEN];
+            for (block, tile) in tiles.iter().enumerate() {
+                let products = integer_products(tile, &blocks[block]);
+                for (lane, sum) in sums.iter_mut().enumerate() {
+                    let weight_scale = f16::from_bits(weight_scales[block].0[lane]).to_f32();
+                    *sum = (weight_scale * scales[block]).mul_add(products[lane] as f32, *sum);
+                }
+            }
+            *out = sums;
+        }
+    }
+}
+
+/// Exact dot products of one block with 8 outputs: at most `32 * 128 * 127`, so that the conversion
+/// to f32 is exact too.
+fn integer_products(tile: &QuantTile, block: &[i8; QUANT_BLOCK_LEN]) -> [i32; STRIP_LEN] {
+    let mut sums = [0; STRIP_LEN];
+    for (group, inputs) in tile.0.iter().zip(block.chunks_exact(GROUP_LEN)) {
+        for (sum, weights) in sums.iter_mut().zip(group.chunks_exact(GROUP_LEN)) {
+            for (&weight, &input) in weights.iter().zip(inputs) {
+                *sum += i32::from(weight) * i32::from(input);
+            }
+        }
+    }
+    sums
+}
+
+fn quantise(values: &[f32], quants: &mut [i8], scales: &mut [f32]) {
+    let blocks = values.chunks_exact(QUANT_BLOCK_LEN).zip(quants.chunks_exact_mut(QUANT_BLOCK_LEN));
+    for ((values, quants), scale) in blocks.zip(scales) {
+        // Magnitudes are compared as integers: the order is the same, and NaN is the largest.
+        let amax_bits = values.iter().fold(0, |max, value| max.max(value.abs().to_bits()));
+        let inverse;
+        (*scale, inverse) = block_scale(amax_bits);
+        for (quant, &value) in quants.iter_mut().zip(values) {
+            // Cannot leave -127 ..= 127: x * (127 / amax) exceeds 127 by two roundings at most.
+            *quant = if inverse == 0.0 { 0 } else { (value * inverse).round_ties_even() as i8 };
+        }
+    }
+}
+
+/// Scale of an activation block and the factor that gives its quants; factor 0 means all are 0.
+pub(super) fn block_scale(amax_bits: u32) -> (f32, f32) {
+    let amax = f32::from_bits(amax_bits);
+    if amax_bits >= INFINITY_BITS {
+        (f32::NAN, 0.0)
+    } else if amax < AMAX_MIN {
+        (0.0, 0.0)
+    } else {
+        (amax / 127.0, 127.0 / amax)
+    }
+}
+
+/// The fixed tree: how 8 lanes become one number.
+pub(super) fn tree(lanes: [f32; 8]) -> f32 {
+    let [l0, l1, l2, l3, l4, l5, l6, l7] = lanes;
+    ((l0 + l4) + (l2 + l6)) + ((l1 + l5) + (l3 + l7))
+}
+
+/// Dot product in 8 lanes, lane = index % 8.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0_f32; 8];
+    for (a, b) in a.chunks(8).zip(b.chunks(8)) {
+        for (lane, (&a, &b)) in lanes.iter_mut().zip(a.iter().zip(b)) {
+            *lane = a.mul_add(b, *lane);
+        }
+    }
+    tree(lanes)
+}
+
+/// `1 / sqrt(mean square + eps)`.
+pub(super) fn norm_scale(sum_of_squares: f32, len: usize, eps: f32) -> f32 {
+    1.0 / (sum_of_squares / len as f32 + eps).sqrt()
+}
+
+fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let scale = norm_scale(dot(x, x), x.len(), eps);
+    for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = (x * scale) * weight;
+    }
+}
+
+/// `x / (1 + exp(-x)) * up`.
+pub(super) fn swiglu_one(gate: f32, up: f32) -> f32 {
+    gate / (1.0 + exp(-gate)) * up
+}
+
+fn swiglu(gate: &mut [f32], up: &[f32]) {
+    for (gate, &up) in gate.iter_mut().zip(up) {
+        *gate = swiglu_one(*gate, up);
+    }
+}
+
+fn scores(query: &[f32], keys: &[f32], scale: f32, out: &mut [f32; BLOCK_LEN]) {
+    for (out, key) in out.iter_mut().zip(keys.chunks_exact(query.len())) {
+        *out = dot(query, key) * scale;
+    }
+}
+
+fn softmax(scores: &mut [f32]) -> SplitSum {
+    // Adding zero makes a maximum of -0 the same as one of +0, whichever came first.
+    let max = scores.iter().fold(f32::NEG_INFINITY, |max, &s| if s > max { s } else { max }) + 0.0;
+    let mut lanes = [0.0_f32; 8];
+    for scores in scores.chunks_mut(8) {
+        for (lane, score) in lanes.iter_mut().zip(scores) {
+            *score = exp(*score - max);
+            *lane += *score;
+        }
+    }
+    SplitSum { max, sum: tree(lanes) }
+}
+
+fn accumulate(probabilities: &[f32], values: &[f32], out: &mut [f32]) {
+    for (&probability, values) in probabilities.iter().zip(values.chunks_exact(out.len())) {
+        for (out, &value) in out.iter_mut().zip(values) {
+            *out = probability.mul_add(value, *out);
+        }
+    }
+}
+
+/// Where [`exp`] stops looking at its argument: above, the result is infinite.
+pub(super) const EXP_MAX: f32 = 89.0;
+/// Below, the result rounds to zero: `exp(-104)` is less than half the smallest subnormal.
+pub(super) const EXP_MIN: f32 = -104.0;
+/// ln 2 rounded to f32. `k * LN2_HI` is used fused and its remainder is exact.
+pub(super) const LN2_HI: f32 = std::f32::consts::LN_2;
+/// ln 2 - `LN2_HI`, rounded.
+pub(super) const LN2_LO: f32 = -1.904_654_3e-9;
+/// `1 / n!` for n = 7 down to 0: the Taylor series of exp. For `|r| <= ln(2) / 2` the first
+/// dropped term is below 0.1 ulp.
+pub(super) const EXP_SERIES: [f32; 8] =
+    [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+
+/// Natural exponential by reduction to `|r| <= ln(2) / 2` in two steps (Cody and Waite, Software
+/// Manual for the Elementary Functions, 1980, chapter 6) and a polynomial. The power of two is
+/// applied in two factors, so that results below the normal range come out rounded, not wrong.
+pub(super) fn exp(x: f32) -> f32 {
+    // Written so that NaN passes through.
+    let x = if EXP_MAX < x { EXP_MAX } else { x };
+    let x = if EXP_MIN > x { EXP_MIN } else { x };
+    let k = (x * std::f32::consts::LOG2_E).round_ties_even();
+    let r = (-k).mul_add(LN2_HI, x);
+    let r = (-k).mul_add(LN2_LO, r);
+    let mut series = EXP_SERIES[0];
+    for &coefficient in &EXP_SERIES[1..] {
+        series = series.mul_add(r, coefficient);
+    }
+    let k = k as i32;
+    let half = k >> 1;
+    series * power_of_two(half) * power_of_two(k - half)
+}
+
+/// `2^k` for `-126 <= k <= 127`.
+fn power_of_two(k: i32) -> f32 {
+    f32::from_bits(((k + 127) as u32) << 23)
+}

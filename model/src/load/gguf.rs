@@ -1,0 +1,385 @@
+//! Owns the reading of one GGUF file held in memory, through candle's reader, after
+//! `gguf_header.rs` has checked it: architecture facts from its keys, tensors by name. Knows
+//! nothing of the tokenizer inside beyond the ids it names.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::Cursor;
+
+use candle_core::Device;
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::{Content, Value};
+use half::{bf16, f16};
+
+use super::gguf_header::{self, key_name};
+use super::limits::{
+    MAX_CONTEXT_LEN, MAX_FFN_LEN, MAX_HEAD_DIM, MAX_HEADS, MAX_HIDDEN_LEN, MAX_LAYERS, MAX_VOCAB,
+    check_relations,
+};
+use super::{LoadOptions, ParsedConfig};
+use crate::config::{LlamaConfig, RopeScaling};
+use crate::error::{LoadError, shown, tensor};
+use crate::ids::TokenId;
+use crate::tokenizer::NamedIds;
+use crate::weights::{MatrixData, Q8_0_BLOCK_LEN};
+
+/// The embedding's name; its rows are the vocabulary.
+const EMBEDDING: &str = "token_embd.weight";
+/// The divisors of the rotary frequencies.
+pub(super) const ROPE_DIVISORS: &str = "rope_freqs.weight";
+/// Base of the rotary frequencies where the file names none.
+const DEFAULT_ROPE_THETA: f64 = 10_000.0;
+/// Bytes of one Q8_0 block: a half-precision scale, then the quants.
+const Q8_0_BLOCK_BYTES: usize = 2 + Q8_0_BLOCK_LEN;
+
+/// Keys under `llama.` that are read, or that mean nothing to the computation. Any other is
+/// refused: it could change numbers.
+const LLAMA_KEYS: [&str; 20] = [
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "vocab_size",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "rope.scale_linear",
+    "expert_count",
+    "expert_used_count",
+    "tensor_data_layout",
+];
+
+/// A checked and parsed file.
+pub(super) struct GgufFile<'a> {
+    bytes: &'a [u8],
+    content: Content,
+    shapes: BTreeMap<String, Vec<usize>>,
+}
+
+impl<'a> GgufFile<'a> {
+    /// Checks and parses a whole file.
+    pub(super) fn open(bytes: &'a [u8]) -> Result<Self, LoadError> {
+        let header = gguf_header::check(bytes)?;
+        let content = Content::read(&mut Cursor::new(bytes))
+            .map_err(|error| LoadError::malformed("GGUF file", shown(&error.to_string())))?;
+        let agrees = content.tensor_data_offset == header.data_start as u64
+            && content.tensor_infos.len() == header.num_tensors;
+        if !agrees {
+            return Err(LoadError::malformed("GGUF header", "two readings of it disagree"));
+        }
+        let shapes = content
+            .tensor_infos
+            .iter()
+            .map(|(name, info)| (name.clone(), info.shape.dims().to_vec()))
+            .collect();
+        Ok(Self { bytes, content, shapes })
+    }
+
+    pub(super) fn metadata(&self) -> Metadata<'_> {
+        Metadata { map: &self.content.metadata }
+    }
+
+    /// Names in order.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.shapes.keys().map(String::as_str)
+    }
+
+    /// Outermost dimension first: `[out, in]`.
+    pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.shapes.get(name).map(Vec::as_slice)
+    }
+
+    pub(super) fn is_q8_0(&self, name: &str) -> bool {
+        self.content.tensor_infos.get(name).is_some_and(|t| t.ggml_dtype == GgmlDType::Q8_0)
+    }
+
+    pub(super) fn stored_bytes(&self, name: &str) -> u64 {
+        self.content.tensor_infos.get(name).map_or(0, |info| {
+            let blocks = info.shape.elem_count() / info.ggml_dtype.block_size();
+            (blocks * info.ggml_dtype.type_size()) as u64
+        })
+    }
+
+    /// The numbers of one tensor, row-major, in the file's own format; half precision is widened.
+    pub(super) fn read(&self, name: &str) -> Result<MatrixData, LoadError> {
+        let stored = self
+            .content
+            .tensor(&mut Cursor::new(self.bytes), name, &Device::Cpu)
+            .map_err(|error| LoadError::candle(name, &error))?;
+        let bytes = stored.data().map_err(|error| LoadError::candle(name, &error))?;
+        match stored.dtype() {
+            GgmlDType::F32 => Ok(MatrixData::F32(numbers(&bytes, f32::from_le_bytes))),
+            GgmlDType::F16 => {
+                Ok(MatrixData::F32(numbers(&bytes, |b| f16::from_le_bytes(b).to_f32())))
+            }
+            GgmlDType::BF16 => {
+                Ok(MatrixData::F32(numbers(&bytes, |b| bf16::from_le_bytes(b).to_f32())))
+            }
+            GgmlDType::Q8_0 => Ok(q8_0(&bytes)),
+            other => Err(LoadError::unsupported(tensor(name), format!("type {other:?}"))),
+        }
+    }
+
+    /// Architecture facts, with the tokenizer's ids that end a completion.
+    pub(super) fn config(&self, options: &LoadOptions) -> Result<ParsedConfig, LoadError> {
+        let metadata = self.metadata();
+        metadata.check_keys()?;
+        let hidden_len = metadata.count("llama.embedding_length", None, MAX_HIDDEN_LEN)?;
+        let num_heads = metadata.count("llama.attention.head_count", None, MAX_HEADS)?;
+        let head_dim = metadata.head_dim(hidden_len, num_heads)?;
+        let trained_len = metadata.count("llama.context_length", None, MAX_CONTEXT_LEN)?;
+        let norm_eps = metadata.number("llama.attention.layer_norm_rms_epsilon", None)?;
+        if !(norm_eps > 0.0 && norm_eps < 1.0) {
+            let what = key_name("llama.attention.layer_norm_rms_epsilon");
+            return Err(LoadError::malformed(what, "must lie between 0 and 1"));
+        }
+        let divisors = self.rope_divisors()?;
+        let named = metadata.named_ids()?;
+        let llama = LlamaConfig {
+            vocab_size: self.vocab_size()?,
+            hidden_len,
+            ffn_len: metadata.count("llama.feed_forward_length", None, MAX_FFN_LEN)?,
+            num_layers: metadata.count("llama.block_count", None, MAX_LAYERS)?,
+            num_heads,
+            num_kv_heads: metadata.count(
+                "llama.attention.head_count_kv",
+                Some(num_heads),
+                MAX_HEADS,
+            )?,
+            head_dim,
+            context_len: options.limit_context(trained_len)?,
+            norm_eps: norm_eps as f32,
+            rope_theta: metadata.number("llama.rope.freq_base", Some(DEFAULT_ROPE_THETA))?,
+            rope_scaling: metadata.rope_scaling(!divisors.is_empty())?,
+            rope_freq_divisors: divisors,
+            eos_ids: named.eos.clone(),
+        };
+        check_relations(&llama)?;
+        Ok(ParsedConfig { llama, is_tied: None, named })
+    }
+
+    /// Rows of the embedding.
+    fn vocab_size(&self) -> Result<usize, LoadError> {
+        let Some(shape) = self.shape(EMBEDDING) else {
+            return Err(LoadError::missing(tensor(EMBEDDING)));
+        };
+        let rows = shape[0];
+        if shape.len() != 2 || rows > MAX_VOCAB {
+            let reason = format!("shape {shape:?}; at most {MAX_VOCAB} rows are accepted");
+            return Err(LoadError::unsupported(tensor(EMBEDDING), reason));
+        }
+        match self.metadata().count("llama.vocab_size", Some(rows), MAX_VOCAB)? {
+            stated if stated == rows => Ok(rows),
+            stated => Err(LoadError::mismatch(
+                key_name("llama.vocab_size"),
+                format!("it is {stated}, the embedding has {rows} rows"),
+            )),
+        }
+    }
+
+    fn rope_divisors(&self) -> Result<Vec<f32>, LoadError> {
+        if self.shape(ROPE_DIVISORS).is_none() {
+            return Ok(Vec::new());
+        }
+        match self.read(ROPE_DIVISORS)? {
+            MatrixData::F32(divisors) if divisors.len() <= MAX_HEAD_DIM => Ok(divisors),
+            MatrixData::F32(_) | MatrixData::Q8_0 { .. } => Err(LoadError::unsupported(
+                tensor(ROPE_DIVISORS),
+                "it must hold one float per pair of head dimensions",
+            )),
+        }
+    }
+}
+
+fn numbers<const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+    bytes.as_chunks::<N>().0.iter().map(|number| read(*number)).collect()
+}
+
+fn q8_0(bytes: &[u8]) -> MatrixData {
+    let blocks = bytes.as_chunks::<Q8_0_BLOCK_BYTES>().0;
+    let scales = blocks.iter().map(|block| f16::from_le_bytes([block[0], block[1]])).collect();
+    let quants = blocks.iter().flat_map(|block| &block[2..]).map(|byte| *byte as i8).collect();
+    MatrixData::Q8_0 { scales, quants }
+}
+
+/// Typed access to the metadata, with errors that name the key.
+#[derive(Clone, Copy)]
+pub(super) struct Metadata<'a> {
+    map: &'a HashMap<String, Value>,
+}
+
+impl<'a> Metadata<'a> {
+    pub(super) fn get(self, key: &str) -> Option<&'a Value> {
+        self.map.get(key)
+    }
+
+    pub(super) fn text(self, key: &str) -> Result<Option<&'a str>, LoadError> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(_) => Err(LoadError::malformed(key_name(key), "must be a string")),
+        }
+    }
+
+    pub(super) fn flag(self, key: &str, default: bool) -> Result<bool, LoadError> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(Value::Bool(flag)) => Ok(*flag),
+            Some(_) => Err(LoadError::malformed(key_name(key), "must be true or false")),
+        }
+    }
+
+    pub(super) fn array(self, key: &str) -> Result<Option<&'a [Value]>, LoadError> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Array(values)) => Ok(Some(values)),
+            Some(_) => Err(LoadError::malformed(key_name(key), "must be an array")),
+        }
+    }
+
+    /// A token id.
+    pub(super) fn id(self, key: &str) -> Result<Option<TokenId>, LoadError> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(value) => match whole(value).and_then(|id| u32::try_from(id).ok()) {
+                Some(id) => Ok(Some(TokenId(id))),
+                None => Err(LoadError::malformed(key_name(key), "must be a token id")),
+            },
+        }
+    }
+
+    /// A whole number of `1 ..= max`.
+    fn count(self, key: &str, default: Option<usize>, max: usize) -> Result<usize, LoadError> {
+        let value = match (self.get(key), default) {
+            (Some(value), _) => whole(value).and_then(|value| usize::try_from(value).ok()),
+            (None, Some(default)) => return Ok(default),
+            (None, None) => return Err(LoadError::missing(key_name(key))),
+        };
+        match value {
+            Some(value) if (1..=max).contains(&value) => Ok(value),
+            _ => {
+                let reason = format!("must be a whole number from 1 to {max}");
+                Err(LoadError::malformed(key_name(key), reason))
+            }
+        }
+    }
+
+    fn number(self, key: &str, default: Option<f64>) -> Result<f64, LoadError> {
+        match (self.get(key), default) {
+            (Some(Value::F32(value)), _) => Ok(f64::from(*value)),
+            (Some(Value::F64(value)), _) => Ok(*value),
+            (Some(_), _) => Err(LoadError::malformed(key_name(key), "must be a float")),
+            (None, Some(default)) => Ok(default),
+            (None, None) => Err(LoadError::missing(key_name(key))),
+        }
+    }
+
+    /// Architecture, and no key that would have to be ignored.
+    fn check_keys(self) -> Result<(), LoadError> {
+        match self.text("general.architecture")? {
+            Some("llama") => {}
+            Some(other) => {
+                let what = format!("{} = \"{}\"", key_name("general.architecture"), shown(other));
+                return Err(LoadError::unsupported(what, "only \"llama\" is"));
+            }
+            None => return Err(LoadError::missing(key_name("general.architecture"))),
+        }
+        let mut unknown: Vec<&str> = self
+            .map
+            .keys()
+            .filter(|key| key.strip_prefix("llama.").is_some_and(|k| !LLAMA_KEYS.contains(&k)))
+            .map(String::as_str)
+            .collect();
+        unknown.sort_unstable();
+        if let Some(key) = unknown.first() {
+            return Err(LoadError::unsupported(key_name(key), "it could change the computation"));
+        }
+        for key in ["llama.expert_count", "llama.expert_used_count"] {
+            if self.get(key).is_some_and(|value| whole(value) != Some(0)) {
+                return Err(LoadError::unsupported(key_name(key), "mixtures of experts are not"));
+            }
+        }
+        Ok(())
+    }
+
+    fn head_dim(self, hidden_len: usize, num_heads: usize) -> Result<usize, LoadError> {
+        let default = hidden_len / num_heads;
+        if self.get("llama.attention.key_length").is_none()
+            && (default == 0 || !hidden_len.is_multiple_of(num_heads))
+        {
+            let reason = "it is no multiple of the number of heads";
+            return Err(LoadError::malformed(key_name("llama.embedding_length"), reason));
+        }
+        let head_dim = self.count("llama.attention.key_length", Some(default), MAX_HEAD_DIM)?;
+        for key in ["llama.attention.value_length", "llama.rope.dimension_count"] {
+            let other = self.count(key, Some(head_dim), MAX_HEAD_DIM)?;
+            if other != head_dim {
+                let reason = format!("it is {other}; only the head dimension, {head_dim}, is");
+                return Err(LoadError::unsupported(key_name(key), reason));
+            }
+        }
+        Ok(head_dim)
+    }
+
+    fn rope_scaling(self, has_divisors: bool) -> Result<RopeScaling, LoadError> {
+        let kind = self.text("llama.rope.scaling.type")?.unwrap_or("none");
+        let factor_key = match self.get("llama.rope.scale_linear") {
+            Some(_) => "llama.rope.scale_linear",
+            None => "llama.rope.scaling.factor",
+        };
+        // A legacy factor without a type means linear scaling.
+        let is_legacy = factor_key == "llama.rope.scale_linear" && kind == "none";
+        let scaling = match kind {
+            "linear" => RopeScaling::Linear { factor: self.number(factor_key, None)? },
+            "none" if is_legacy => RopeScaling::Linear { factor: self.number(factor_key, None)? },
+            "none" => RopeScaling::None,
+            other => {
+                let what =
+                    format!("{} = \"{}\"", key_name("llama.rope.scaling.type"), shown(other));
+                return Err(LoadError::unsupported(what, "none and linear are"));
+            }
+        };
+        match (scaling, has_divisors) {
+            (scaling, false) => Ok(scaling),
+            (RopeScaling::None, true) => Ok(RopeScaling::Divisors),
+            _ => Err(LoadError::unsupported(
+                tensor(ROPE_DIVISORS),
+                "together with another rotary scaling",
+            )),
+        }
+    }
+
+    fn named_ids(self) -> Result<NamedIds, LoadError> {
+        let mut eos = Vec::new();
+        for name in ["eos", "eot", "eom"] {
+            if let Some(id) = self.id(&format!("tokenizer.ggml.{name}_token_id"))?
+                && !eos.contains(&id)
+            {
+                eos.push(id);
+            }
+        }
+        Ok(NamedIds { bos: self.id("tokenizer.ggml.bos_token_id")?, eos })
+    }
+}
+
+/// The value as a whole number, if it is one and not negative.
+fn whole(value: &Value) -> Option<u64> {
+    match value {
+        Value::U8(n) => Some(u64::from(*n)),
+        Value::U16(n) => Some(u64::from(*n)),
+        Value::U32(n) => Some(u64::from(*n)),
+        Value::U64(n) => Some(*n),
+        Value::I8(n) => u64::try_from(*n).ok(),
+        Value::I16(n) => u64::try_from(*n).ok(),
+        Value::I32(n) => u64::try_from(*n).ok(),
+        Value::I64(n) => u64::try_from(*n).ok(),
+        Value::F32(_) | Value::F64(_) | Value::Bool(_) | Value::String(_) | Value::Array(_) => None,
+    }
+}

@@ -1,0 +1,21 @@
+//! Compiles the protocol files in pure Rust: no `protoc` has to be installed.
+// How a build script talks to cargo.
+#![allow(clippy::print_stdout, clippy::disallowed_methods)]
+
+use std::error::Error;
+use std::path::PathBuf;
+
+const PROTOS: [&str; 1] = ["slipstream/v1/slipstream.proto"];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    for proto in PROTOS {
+        println!("cargo::rerun-if-changed={proto}");
+    }
+    let out_dir = PathBuf::from(std::env::var("OUT_DIR")?);
+    let mut compiler = protox::Compiler::new(["."])?;
+    compiler.include_source_info(true).include_imports(true).open_files(PROTOS)?;
+    // The encoded set is what server reflection hands out.
+    std::fs::write(out_dir.join("slipstream.bin"), compiler.encode_file_descriptor_set())?;
+    tonic_prost_build::configure().compile_fds(compiler.file_descriptor_set())?;
+    Ok(())
+}

@@ -1,0 +1,323 @@
+//! `slipstream demo`: a server of its own, prompts through a real gRPC client, plain beside
+//! speculative. Prints what it measured, whatever that is.
+
+use std::io::{self, Write};
+use std::time::{Duration, Instant};
+
+use slipstream_proto::v1;
+use slipstream_proto::v1::completions_client::CompletionsClient;
+use slipstream_proto::v1::generate_request::Prompt;
+use tokio::task::JoinSet;
+use tonic::transport::Channel;
+
+use super::client::{self, Completion};
+use super::compare::first_difference;
+use super::generate::write_tokens;
+use super::request_flags::{auto, off};
+use super::terminal::{Attribution, Palette, write_table};
+use crate::config::{Config, LogFormat, ModelFlags, wants_colour};
+use crate::local::LocalServer;
+use crate::logging;
+
+/// Streams that share the server in the last row of the table.
+const BATCH: usize = 8;
+/// Seed of the sampled prompts; any other would do.
+const SEED: u64 = 7;
+
+/// Flags of `slipstream demo`.
+#[derive(Debug, clap::Args)]
+pub(super) struct DemoFlags {
+    /// Output tokens per completion
+    #[arg(long, value_name = "TOKENS", default_value_t = 96)]
+    tokens: u16,
+    /// Measurements of each kind; the table shows their medians
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 5,
+        value_parser = clap::value_parser!(u8).range(1..)
+    )]
+    repeats: u8,
+    #[command(flatten)]
+    model: ModelFlags,
+}
+
+/// A prompt and how to continue it.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    name: &'static str,
+    prompt: &'static str,
+    temperature: f64,
+}
+
+const CASES: [Case; 5] = [
+    Case { name: "main", prompt: "fn main() {\n    let mut ", temperature: 0.0 },
+    Case {
+        name: "display",
+        prompt: "impl fmt::Display for Error {\n    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> ",
+        temperature: 0.0,
+    },
+    Case {
+        name: "struct",
+        prompt: "#[derive(Clone, Debug)]\npub struct Config {\n    ",
+        temperature: 0.0,
+    },
+    Case { name: "imports", prompt: "use std::collections::HashMap;\nuse std::", temperature: 0.8 },
+    Case {
+        name: "tests",
+        prompt: "#[cfg(test)]\nmod tests {\n    use super::*;\n\n    #[test]\n    fn ",
+        temperature: 0.8,
+    },
+];
+
+/// Runs the demonstration.
+pub(super) async fn run(flags: DemoFlags) -> anyhow::Result<()> {
+    logging::start(LogFormat::Text, "warn")?;
+    let config = Config::new(&flags.model, Duration::ZERO)?;
+    let palette = Palette { colour: wants_colour() };
+    writeln!(io::stdout(), "Starting a server on a free loopback port ...")?;
+    let begun = Instant::now();
+    let server = LocalServer::start(config).await?;
+    writeln!(
+        io::stdout(),
+        "Ready at http://{} after {:.1} s. Every token below came over gRPC.\n",
+        server.address(),
+        begun.elapsed().as_secs_f64()
+    )?;
+    let demo = Demo {
+        client: client::client(server.channel()),
+        max_tokens: i32::from(flags.tokens),
+        repeats: usize::from(flags.repeats),
+        palette,
+    };
+    demo.show().await?;
+    let is_same = demo.measure().await?;
+    server.stop().await?;
+    if !is_same {
+        anyhow::bail!("speculation changed an output: please report this with the lines above");
+    }
+    write_next_steps(palette)?;
+    Ok(())
+}
+
+struct Demo {
+    client: CompletionsClient<Channel>,
+    max_tokens: i32,
+    repeats: usize,
+    palette: Palette,
+}
+
+/// One way of answering, measured.
+#[derive(Debug, Default)]
+struct Sample {
+    first_token_ms: Vec<f64>,
+    tokens_per_second: Vec<f64>,
+    proposed: u32,
+    accepted: u32,
+    steps: u32,
+    tokens: usize,
+}
+
+impl Sample {
+    fn add(&mut self, completion: &Completion) {
+        let speculation = completion.speculation();
+        self.first_token_ms.push(completion.first_token.as_secs_f64() * 1000.0);
+        self.tokens_per_second.extend(completion.tokens_per_second());
+        self.proposed += speculation.proposed;
+        self.accepted += speculation.accepted;
+        self.steps += speculation.steps;
+        self.tokens += completion.tokens.len();
+    }
+}
+
+impl Demo {
+    fn request(&self, case: Case, seed: u64, mode: v1::Speculation) -> v1::GenerateRequest {
+        v1::GenerateRequest {
+            prompt: Some(Prompt::Text(case.prompt.to_owned())),
+            max_tokens: Some(self.max_tokens),
+            temperature: Some(case.temperature),
+            seed: Some(seed),
+            speculation: Some(mode),
+            token_bytes: true,
+            ..v1::GenerateRequest::default()
+        }
+    }
+
+    /// Streams every prompt once, as it comes. Serves as the warm-up, too.
+    async fn show(&self) -> anyhow::Result<()> {
+        if let Some(legend) = self.palette.legend() {
+            writeln!(io::stdout(), "{legend}\n")?;
+        }
+        for case in CASES {
+            let how = if case.temperature == 0.0 { "greedy" } else { "sampled" };
+            writeln!(io::stdout(), "{}", self.palette.bold(&format!("-- {} ({how})", case.name)))?;
+            write!(io::stdout(), "{}", self.palette.dim(case.prompt))?;
+            io::stdout().flush()?;
+            let mut attribution = Attribution::default();
+            let mut written = Ok(());
+            let request = self.request(case, SEED, auto());
+            client::stream(self.client.clone(), request, |event| {
+                if written.is_ok() {
+                    written = write_tokens(event, &mut attribution, self.palette);
+                }
+            })
+            .await?;
+            written?;
+            writeln!(io::stdout(), "\n")?;
+        }
+        Ok(())
+    }
+
+    /// Measures every prompt alone and all of them together. Returns whether all bytes agreed.
+    async fn measure(&self) -> anyhow::Result<bool> {
+        writeln!(io::stdout(), "Measuring, medians of {} ...\n", self.repeats)?;
+        let mut rows = vec![header()];
+        let mut differences = Vec::new();
+        for case in CASES {
+            let requests = |mode: v1::Speculation| vec![self.request(case, SEED, mode)];
+            let (row, difference) = self.row(case.name, case.temperature, requests).await?;
+            rows.push(row);
+            differences.extend(difference);
+        }
+        let together = |mode: v1::Speculation| {
+            let cases = CASES.iter().cycle().take(BATCH).enumerate();
+            cases.map(|(index, case)| self.request(*case, SEED + index as u64, mode)).collect()
+        };
+        let name = format!("{BATCH} at once");
+        let (row, difference) = self.row(&name, f64::NAN, together).await?;
+        rows.push(row);
+        differences.extend(difference);
+        let mut out = io::stdout().lock();
+        write_table(&mut out, &rows)?;
+        for difference in &differences {
+            writeln!(out, "DIFFERENT: {difference}")?;
+        }
+        write_explanation(&mut out)?;
+        Ok(differences.is_empty())
+    }
+
+    /// Measures plain and speculative in turn, so that both see the same machine.
+    async fn row(
+        &self,
+        name: &str,
+        temperature: f64,
+        requests: impl Fn(v1::Speculation) -> Vec<v1::GenerateRequest>,
+    ) -> anyhow::Result<(Vec<String>, Option<String>)> {
+        let (mut plain, mut speculative) = (Sample::default(), Sample::default());
+        let mut difference = None;
+        for _ in 0..self.repeats {
+            let plain_answers = self.answers(requests(off()), &mut plain).await?;
+            let answers = self.answers(requests(auto()), &mut speculative).await?;
+            for (one, other) in plain_answers.iter().zip(&answers) {
+                let found = first_difference(one, other).map(|found| format!("{name}: {found}"));
+                difference = difference.or(found);
+            }
+        }
+        let is_same = difference.is_none();
+        Ok((table_row(name, temperature, [&plain, &speculative], is_same), difference))
+    }
+
+    /// Answers requests at the same time. Several count as one rate: all tokens over all the time.
+    async fn answers(
+        &self,
+        requests: Vec<v1::GenerateRequest>,
+        sample: &mut Sample,
+    ) -> anyhow::Result<Vec<Completion>> {
+        let num_requests = requests.len();
+        let num_rates = sample.tokens_per_second.len();
+        let begun = Instant::now();
+        let mut calls = JoinSet::new();
+        for (index, request) in requests.into_iter().enumerate() {
+            let client = self.client.clone();
+            calls.spawn(async move { (index, client::stream(client, request, |_| {}).await) });
+        }
+        let mut answers = vec![Completion::default(); num_requests];
+        while let Some(answer) = calls.join_next().await {
+            let (index, completion) = answer?;
+            answers[index] = completion?;
+            sample.add(&answers[index]);
+        }
+        if num_requests > 1 {
+            let tokens: usize = answers.iter().map(|answer| answer.tokens.len()).sum();
+            sample.tokens_per_second.truncate(num_rates);
+            sample.tokens_per_second.push(tokens as f64 / begun.elapsed().as_secs_f64());
+        }
+        Ok(answers)
+    }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => f64::NAN,
+        len if len % 2 == 1 => sorted[len / 2],
+        len => f64::midpoint(sorted[len / 2 - 1], sorted[len / 2]),
+    }
+}
+
+fn header() -> Vec<String> {
+    let names = [
+        "prompt",
+        "T",
+        "TTFT ms",
+        "spec.",
+        "tokens/s",
+        "spec.",
+        "ratio",
+        "accepted",
+        "tokens/step",
+        "same bytes",
+    ];
+    names.map(str::to_owned).to_vec()
+}
+
+fn table_row(
+    name: &str,
+    temperature: f64,
+    [plain, speculative]: [&Sample; 2],
+    is_same: bool,
+) -> Vec<String> {
+    let rates = [median(&plain.tokens_per_second), median(&speculative.tokens_per_second)];
+    let share = |part: f64, whole: f64, unit: &str, digits: usize| match whole > 0.0 {
+        true => format!("{part:.digits$}{unit}", part = part / whole),
+        false => "-".to_owned(),
+    };
+    let percent = f64::from(speculative.accepted) * 100.0;
+    vec![
+        name.to_owned(),
+        if temperature.is_nan() { "-".to_owned() } else { format!("{temperature}") },
+        format!("{:.2}", median(&plain.first_token_ms)),
+        format!("{:.2}", median(&speculative.first_token_ms)),
+        format!("{:.0}", rates[0]),
+        format!("{:.0}", rates[1]),
+        share(rates[1], rates[0], "x", 2),
+        share(percent, f64::from(speculative.proposed), "%", 0),
+        share(speculative.tokens as f64, f64::from(speculative.steps), "", 2),
+        if is_same { "yes".to_owned() } else { "NO".to_owned() },
+    ]
+}
+
+fn write_explanation(out: &mut impl Write) -> io::Result<()> {
+    writeln!(
+        out,
+        "\nTTFT: time from sending the request to its first token, plain and speculative.\n\
+         tokens/s: after the first token; for {BATCH} at once, all tokens over the whole time.\n\
+         accepted: share of proposed tokens that the verifier chose, too.\n\
+         tokens/step: tokens per run of the verifier; plain decoding gives 1."
+    )
+}
+
+fn write_next_steps(palette: Palette) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "\n{}", palette.bold("How to go on"))?;
+    writeln!(
+        out,
+        "  slipstream self-test                         the same comparison, systematically\n  \
+           slipstream generate 'fn new(' --colour --stats   complete a prompt of your own\n  \
+           slipstream serve                             listen on 127.0.0.1:50051\n  \
+           slipstream serve --model DIR-OR-GGUF --draft-model DIR-OR-GGUF\n  \
+           slipstream generate --server http://127.0.0.1:50051 'use std::'\n\
+         Inside the repository, `slipstream` is `cargo run --release --`."
+    )
+}

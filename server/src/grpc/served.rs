@@ -1,0 +1,24 @@
+//! Owns what the edge knows of the model that is served. Immutable once loaded.
+
+use slipstream_model::ids::TokenId;
+use slipstream_model::tokenizer::Tokenizer;
+
+/// The model that answers, as far as requests are concerned.
+#[derive(Debug)]
+pub(crate) struct ServedModel {
+    /// The name clients may ask for.
+    pub(crate) name: String,
+    /// Numerics version and verifier digest: what output depends on.
+    pub(crate) fingerprint: String,
+    /// Makes token ids out of prompt text.
+    pub(crate) tokenizer: Tokenizer,
+    /// Token ids below this exist.
+    pub(crate) vocab_size: usize,
+    /// Positions that prompt and output of one request may have together: the model's context, or
+    /// the KV pool if that is smaller.
+    pub(crate) context_len: usize,
+    /// Tokens that end a completion unless the client ignores them.
+    pub(crate) eos_ids: Vec<TokenId>,
+    /// Longest draft length a client may ask for.
+    pub(crate) draft_len_max: usize,
+}

@@ -1,0 +1,32 @@
+//! Owns the log: lines on stderr, for people or as JSON. Nothing of what clients send or receive is
+//! ever logged, only ids, counts and times.
+
+use std::io::IsTerminal;
+
+use tracing_subscriber::EnvFilter;
+
+use crate::config::LogFormat;
+
+/// The filter cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("--log: {0}")]
+pub(crate) struct FilterError(#[from] tracing_subscriber::filter::ParseError);
+
+/// Starts logging for the whole process. Later calls change nothing.
+///
+/// # Errors
+/// [`FilterError`] for a filter that cannot be read.
+pub(crate) fn start(format: LogFormat, filter: &str) -> Result<(), FilterError> {
+    let filter = EnvFilter::try_new(filter)?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false);
+    // The only error is that a log runs already.
+    let _ = match format {
+        LogFormat::Text => builder.try_init(),
+        LogFormat::Json => builder.json().try_init(),
+    };
+    Ok(())
+}

@@ -1,0 +1,216 @@
+//! Owns the life of a server: serve health at once, load, serve requests, drain, end. Knows the
+//! order of these things; how each is done is in `startup.rs`, `grpc/` and the engine.
+
+use std::future::Future;
+use std::io;
+use std::pin::pin;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use slipstream_model::clock::MonotonicClock;
+use slipstream_proto::v1::completions_server::CompletionsServer;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tonic::server::NamedService;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+use crate::config::Config;
+use crate::engine::runner::EngineThread;
+use crate::grpc::service::{Backend, CompletionsService};
+use crate::grpc::transport;
+use crate::handle::EngineHandle;
+use crate::startup::{self, StartupError};
+
+/// How long connections may take to close once every request has its status.
+const CLOSING_GRACE: Duration = Duration::from_secs(1);
+
+/// Names that health is reported under: the whole server and its one service.
+const HEALTH_NAMES: [&str; 2] = ["", <CompletionsServer<CompletionsService> as NamedService>::NAME];
+
+/// Why a server ended other than by its shutdown signal.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The models or the engine could not be started.
+    #[error(transparent)]
+    Startup(#[from] StartupError),
+    /// The network side failed.
+    #[error("the network side failed: {0}")]
+    Transport(#[from] tonic::transport::Error),
+    /// A thread could not be started.
+    #[error("cannot start a thread: {0}")]
+    Thread(#[source] io::Error),
+    /// The engine thread panicked. Requests ended as UNAVAILABLE.
+    #[error("the engine ended unexpectedly; its panic is on stderr")]
+    EngineEnded,
+}
+
+/// Runs a server on `listener` until `shutdown` resolves: loads the models, serves, then lets
+/// running requests finish within the configured grace. Health says NOT_SERVING before and after.
+///
+/// # Errors
+/// [`RunError`] when the server cannot start or dies.
+pub async fn run(
+    config: Config,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), RunError> {
+    let mut shutdown = pin!(shutdown);
+    let health = HealthReporter::new();
+    report(&health, ServingStatus::NotServing).await;
+    let backend = Arc::new(OnceLock::new());
+    let mut server = Server::start(listener, Arc::clone(&backend), health);
+    let grace = config.grace;
+    let mut loading = off_the_runtime("loader", move || {
+        startup::start(&config, Arc::new(MonotonicClock::start()))
+    })?;
+
+    let loaded = tokio::select! {
+        loaded = &mut loading => loaded.map_err(|_| RunError::EngineEnded)?,
+        () = &mut shutdown => return server.close(CLOSING_GRACE).await,
+        ended = &mut server.task => return transport_result(ended),
+    };
+    let (ready, thread) = match loaded {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            server.close(CLOSING_GRACE).await?;
+            return Err(error.into());
+        }
+    };
+    let engine = ready.engine.clone();
+    let mut engine_end = watch(thread)?;
+    // The cell is filled here and nowhere else.
+    let _ = backend.set(ready);
+    report(&server.health, ServingStatus::Serving).await;
+    tracing::info!("ready");
+
+    tokio::select! {
+        () = &mut shutdown => drain(server, &engine, engine_end, grace).await,
+        _ = &mut engine_end => {
+            server.close(CLOSING_GRACE).await?;
+            Err(RunError::EngineEnded)
+        }
+        ended = &mut server.task => {
+            engine.stop();
+            transport_result(ended)
+        }
+    }
+}
+
+/// Lets running requests finish, ends the rest, and waits for the engine.
+async fn drain(
+    server: Server,
+    engine: &EngineHandle,
+    engine_end: oneshot::Receiver<bool>,
+    grace: Duration,
+) -> Result<(), RunError> {
+    tracing::info!(running = engine.num_live(), grace_s = grace.as_secs(), "draining");
+    engine.drain();
+    let closed = server.finish(grace).await;
+    engine.stop();
+    let result = match closed {
+        Ok(result) => result,
+        Err(unfinished) => {
+            tracing::warn!(ended = engine.num_live(), "grace is over: ending the rest");
+            unfinished.close(CLOSING_GRACE).await
+        }
+    };
+    match engine_end.await {
+        Ok(true) => result,
+        Ok(false) | Err(_) => Err(RunError::EngineEnded),
+    }
+}
+
+/// The network side: one task that ends when it was told to and its connections have closed.
+struct Server {
+    task: JoinHandle<Result<(), tonic::transport::Error>>,
+    stop: Option<oneshot::Sender<()>>,
+    health: HealthReporter,
+}
+
+impl Server {
+    fn start(
+        listener: TcpListener,
+        backend: Arc<OnceLock<Backend>>,
+        health: HealthReporter,
+    ) -> Self {
+        let (stop, stopped) = oneshot::channel();
+        let stopped = async move {
+            let _ = stopped.await; // a dropped sender means stop, too
+        };
+        let service = CompletionsService::new(backend);
+        let serving = transport::serve(listener, service, health.clone(), stopped);
+        Self { task: tokio::spawn(serving), stop: Some(stop), health }
+    }
+
+    /// Stops accepting, tells every peer, and waits for the open streams. Gives itself back when
+    /// they are not done within `grace`.
+    async fn finish(mut self, grace: Duration) -> Result<Result<(), RunError>, Self> {
+        self.stop_accepting().await;
+        match tokio::time::timeout(grace, &mut self.task).await {
+            Ok(ended) => Ok(transport_result(ended)),
+            Err(_) => Err(self),
+        }
+    }
+
+    /// As [`finish`](Self::finish), but cuts what is left after `grace`.
+    async fn close(self, grace: Duration) -> Result<(), RunError> {
+        match self.finish(grace).await {
+            Ok(result) => result,
+            Err(unfinished) => {
+                unfinished.task.abort();
+                Ok(())
+            }
+        }
+    }
+
+    /// Health watchers learn that the server goes, then their streams end: they must not hold up
+    /// the end of their connections.
+    async fn stop_accepting(&mut self) {
+        report(&self.health, ServingStatus::NotServing).await;
+        if let Some(stop) = self.stop.take() {
+            let _ = stop.send(()); // the task may have ended by itself
+        }
+        for name in HEALTH_NAMES {
+            self.health.clear_service_status(name).await;
+        }
+    }
+}
+
+async fn report(health: &HealthReporter, status: ServingStatus) {
+    for name in HEALTH_NAMES {
+        health.set_service_status(name, status).await;
+    }
+}
+
+fn transport_result(
+    ended: Result<Result<(), tonic::transport::Error>, tokio::task::JoinError>,
+) -> Result<(), RunError> {
+    match ended {
+        Ok(result) => Ok(result?),
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        Err(_) => Ok(()), // cut after its grace
+    }
+}
+
+/// Runs blocking work on a thread that neither the runtime nor the process's end waits for.
+fn off_the_runtime<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<oneshot::Receiver<T>, RunError> {
+    let (sender, receiver) = oneshot::channel();
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || {
+            // Nobody waits any more when the server was shut down meanwhile.
+            let _ = sender.send(work());
+        })
+        .map_err(RunError::Thread)?;
+    Ok(receiver)
+}
+
+/// Tells when the engine thread has ended, and whether as it should.
+fn watch(thread: EngineThread) -> Result<oneshot::Receiver<bool>, RunError> {
+    off_the_runtime("engine-watch", move || thread.join().is_ok())
+}

@@ -1,0 +1,309 @@
+//! Owns the way from settings to a running engine: load, check that draft and verifier belong
+//! together, size the KV pools, start the thread. Knows no network.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use slipstream_draft::model_proposer::{ModelProposer, ModelProposerOptions};
+use slipstream_draft::proposer::Proposer;
+use slipstream_model::block_manager::BlockManager;
+use slipstream_model::clock::Clock;
+use slipstream_model::config::LlamaConfig;
+use slipstream_model::ids::{BLOCK_LEN, DraftEpoch};
+use slipstream_model::kernels::{Isa, NUMERICS_VERSION};
+use slipstream_model::load::{
+    LoadError, LoadOptions, LoadProgress, LoadStage, LoadedModel, ModelSource, WeightFormat, load,
+};
+use slipstream_model::packed::{ModelError, PackedLlama};
+use slipstream_model::tokenizer::Tokenizer;
+use slipstream_model::transformer::{Transformer, TransformerOptions};
+use slipstream_model::weights::LlamaWeights;
+
+use crate::config::{Config, KvSize, ModelChoice, ModelConfig, Quantize};
+use crate::embedded;
+use crate::engine::runner::{self, EngineThread};
+use crate::engine::{Engine, EngineParts};
+use crate::grpc::served::ServedModel;
+use crate::grpc::service::Backend;
+
+/// Memory of the verifier's KV pool unless configured.
+const KV_BYTES_DEFAULT_MAX: u64 = 1 << 30;
+/// Bytes of one number in the KV pool.
+const KV_NUMBER_BYTES: u64 = 4;
+/// Epoch of the draft that the server starts with.
+const FIRST_EPOCH: DraftEpoch = DraftEpoch(1);
+/// What messages call the models.
+const VERIFIER: &str = "verifier";
+/// What messages call the models.
+const DRAFT: &str = "draft";
+/// How often loading reports.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Why a server could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartupError {
+    /// A model could not be loaded.
+    #[error("the {role} could not be loaded from {from}: {source}")]
+    Load {
+        /// Verifier or draft.
+        role: &'static str,
+        /// The path, or that it is the embedded one.
+        from: String,
+        /// What is wrong.
+        source: LoadError,
+    },
+    /// Draft and verifier mean different things by the same ids.
+    #[error(
+        "the draft {draft:?} has another vocabulary than the verifier {verifier:?} (fingerprints \
+         {draft_fingerprint} and {verifier_fingerprint}): choose a draft with the verifier's \
+         tokenizer, or --draft-model none"
+    )]
+    Vocabulary {
+        /// The draft's name.
+        draft: String,
+        /// The verifier's name.
+        verifier: String,
+        /// Identity of the draft's vocabulary.
+        draft_fingerprint: String,
+        /// Identity of the verifier's vocabulary.
+        verifier_fingerprint: String,
+    },
+    /// The KV pool would hold next to nothing, or more than there are ids for.
+    #[error(
+        "the KV pool would have {blocks} blocks of {block_bytes} bytes; it needs 1 to {limit}: \
+         change --kv-memory or --kv-blocks"
+    )]
+    KvPool {
+        /// Blocks that the settings give.
+        blocks: u64,
+        /// Memory of one block.
+        block_bytes: u64,
+        /// Most blocks.
+        limit: u64,
+    },
+    /// A loaded model cannot be computed.
+    #[error("the {role} cannot be computed: {source}")]
+    Model {
+        /// Verifier or draft.
+        role: &'static str,
+        /// What is wrong.
+        source: ModelError,
+    },
+    /// The engine thread could not be started.
+    #[error("cannot start the engine thread: {0}")]
+    Thread(#[from] io::Error),
+}
+
+/// A loaded pair with its engine, on no thread yet. Benches drive the engine directly.
+pub struct Assembly {
+    /// The engine.
+    pub engine: Engine,
+    /// What the edge knows of the verifier.
+    served: ServedModel,
+}
+
+impl Assembly {
+    /// The verifier's tokenizer.
+    #[must_use]
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.served.tokenizer
+    }
+}
+
+/// Loads the models and starts the engine. Takes as long as reading the files does.
+///
+/// # Errors
+/// [`StartupError`] says what to change.
+pub(crate) fn start(
+    config: &Config,
+    clock: Arc<dyn Clock>,
+) -> Result<(Backend, EngineThread), StartupError> {
+    let Assembly { engine, served } = assemble(config, Arc::clone(&clock))?;
+    let (engine, thread) = runner::spawn(engine, config.requests_max())?;
+    Ok((Backend { model: Arc::new(served), engine, clock }, thread))
+}
+
+/// Loads the models and builds the engine.
+///
+/// # Errors
+/// [`StartupError`] says what to change.
+pub fn assemble(config: &Config, clock: Arc<dyn Clock>) -> Result<Assembly, StartupError> {
+    let models = &config.models;
+    let verifier = load_model(VERIFIER, &models.verifier, models)?;
+    let draft = match &models.draft {
+        Some(choice) => Some(load_model(DRAFT, choice, models)?),
+        None => None,
+    };
+    if let Some(draft) = &draft {
+        check_vocabulary(draft, &verifier)?;
+    }
+    let num_blocks = kv_blocks(models.kv, &verifier.config, config.engine.max_running)?;
+    let capacity = num_blocks * BLOCK_LEN;
+    log_sizes(&verifier, draft.as_ref(), num_blocks);
+    let proposer = match draft {
+        Some(draft) => Some(proposer(draft, num_blocks, models.threads)?),
+        None => None,
+    };
+    let (served, transformer) = served(config, verifier, num_blocks)?;
+    let served = ServedModel { context_len: served.context_len.min(capacity), ..served };
+    let engine = Engine::new(EngineParts {
+        config: config.engine,
+        verifier: Box::new(transformer),
+        proposer,
+        token_bytes: served.tokenizer.token_bytes(),
+        clock,
+    });
+    Ok(Assembly { engine, served })
+}
+
+/// The verifier, split into what the edge and what the engine needs.
+fn served(
+    config: &Config,
+    model: LoadedModel,
+    num_blocks: usize,
+) -> Result<(ServedModel, Transformer), StartupError> {
+    let LoadedModel { name, config: facts, weights, tokenizer, digest } = model;
+    let served = ServedModel {
+        name: config.models.name.clone().unwrap_or(name),
+        fingerprint: format!("n{NUMERICS_VERSION}-{digest}"),
+        tokenizer,
+        vocab_size: facts.vocab_size,
+        context_len: facts.context_len,
+        eos_ids: facts.eos_ids.clone(),
+        draft_len_max: config.engine.draft_len_max,
+    };
+    let transformer = transformer(facts, weights, num_blocks, config.models.threads)
+        .map_err(|source| StartupError::Model { role: VERIFIER, source })?;
+    Ok((served, transformer))
+}
+
+fn proposer(
+    model: LoadedModel,
+    num_blocks: usize,
+    threads: usize,
+) -> Result<Box<dyn Proposer>, StartupError> {
+    let transformer = transformer(model.config, model.weights, num_blocks, threads)
+        .map_err(|source| StartupError::Model { role: DRAFT, source })?;
+    let options = ModelProposerOptions::default();
+    Ok(Box::new(ModelProposer::new(Box::new(transformer), FIRST_EPOCH, options)))
+}
+
+fn transformer(
+    config: LlamaConfig,
+    weights: LlamaWeights,
+    num_blocks: usize,
+    threads: usize,
+) -> Result<Transformer, ModelError> {
+    let packed = Arc::new(PackedLlama::pack(config, weights)?);
+    Transformer::new(packed, TransformerOptions { num_blocks, threads, isa: Isa::detect() })
+}
+
+fn load_model(
+    role: &'static str,
+    choice: &ModelChoice,
+    config: &ModelConfig,
+) -> Result<LoadedModel, StartupError> {
+    let (source, from) = match choice {
+        ModelChoice::Path(path) => (ModelSource::Path(path.clone()), path.display().to_string()),
+        ModelChoice::Embedded => {
+            let bytes = if role == DRAFT { embedded::DRAFT } else { embedded::VERIFIER };
+            (ModelSource::GgufBytes(bytes), "this binary".to_owned())
+        }
+    };
+    let options = LoadOptions {
+        context_limit: config.context_limit,
+        format: match config.quantize {
+            Quantize::None => None,
+            Quantize::Q8_0 => Some(WeightFormat::Q8_0),
+        },
+        memory_budget_bytes: config.load_memory_bytes,
+    };
+    tracing::info!(role, from, "loading");
+    let mut reporter = Reporter { role, last: Instant::now() };
+    load(source, &options, &mut |progress| reporter.report(progress))
+        .map_err(|source| StartupError::Load { role, from, source })
+}
+
+/// Tells the log how far loading is, now and then.
+struct Reporter {
+    role: &'static str,
+    last: Instant,
+}
+
+impl Reporter {
+    fn report(&mut self, progress: LoadProgress) {
+        if self.last.elapsed() < PROGRESS_INTERVAL {
+            return;
+        }
+        self.last = Instant::now();
+        let stage = match progress.stage {
+            LoadStage::Read => "reading",
+            LoadStage::Weights => "converting",
+            LoadStage::Digest => "hashing",
+        };
+        let percent = progress.done_bytes * 100 / progress.total_bytes.max(1);
+        tracing::info!(role = self.role, percent, "{stage}");
+    }
+}
+
+fn check_vocabulary(draft: &LoadedModel, verifier: &LoadedModel) -> Result<(), StartupError> {
+    let (ours, theirs) = (verifier.tokenizer.fingerprint(), draft.tokenizer.fingerprint());
+    if ours == theirs {
+        return Ok(());
+    }
+    Err(StartupError::Vocabulary {
+        draft: draft.name.clone(),
+        verifier: verifier.name.clone(),
+        draft_fingerprint: short_hex(&theirs),
+        verifier_fingerprint: short_hex(&ours),
+    })
+}
+
+/// The first eight bytes in hexadecimal: enough to tell two apart.
+fn short_hex(bytes: &[u8; 32]) -> String {
+    bytes.iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Memory of one KV block.
+fn block_bytes(config: &LlamaConfig) -> u64 {
+    let numbers = 2 * config.num_layers * config.kv_len() * BLOCK_LEN;
+    numbers as u64 * KV_NUMBER_BYTES
+}
+
+/// Blocks of the verifier's pool.
+fn kv_blocks(
+    size: KvSize,
+    config: &LlamaConfig,
+    max_running: usize,
+) -> Result<usize, StartupError> {
+    let block_bytes = block_bytes(config);
+    let full_context = BlockManager::blocks_for(config.context_len) as u64;
+    let blocks = match size {
+        KvSize::Blocks(blocks) => blocks as u64,
+        KvSize::Bytes(bytes) => bytes / block_bytes,
+        KvSize::Auto => {
+            let wanted = full_context.saturating_mul(max_running as u64);
+            wanted.min((KV_BYTES_DEFAULT_MAX / block_bytes).max(full_context))
+        }
+    };
+    let limit = u64::from(u32::MAX);
+    match usize::try_from(blocks) {
+        Ok(count) if count >= 1 && blocks <= limit => Ok(count),
+        Ok(_) | Err(_) => Err(StartupError::KvPool { blocks, block_bytes, limit }),
+    }
+}
+
+fn log_sizes(verifier: &LoadedModel, draft: Option<&LoadedModel>, num_blocks: usize) {
+    tracing::info!(
+        verifier = verifier.name,
+        draft = draft.map_or("none", |draft| draft.name.as_str()),
+        vocab = verifier.config.vocab_size,
+        context_positions = verifier.config.context_len,
+        isa = Isa::detect().name(),
+        kv_positions = num_blocks * BLOCK_LEN,
+        kv_mib = num_blocks as u64 * block_bytes(&verifier.config) / (1 << 20),
+        digest = %verifier.digest,
+        "models loaded"
+    );
+}
