@@ -1,0 +1,31 @@
+"""Continues prompts with a network, by shared-noise sampling, on a batch of equal lengths."""
+
+import torch
+from torch import Tensor
+
+from .network import Llama
+
+
+def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise; 64-bit uniforms, since 24 bits would cut the tail off."""
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64).clamp_min(1e-300)
+    return -(-uniform.log()).log().float()
+
+
+@torch.no_grad()
+def continue_prompts(model: Llama, prompts: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """Appends `noise.shape[1]` tokens to `prompts [B, T]`; `noise` is `[B, new, V]`, unused at temperature 0.
+
+    Token `t` is `argmax(logits / temperature + noise_t)`, which draws from the softmax exactly.
+    """
+    logits, cache = model(prompts)
+    pieces = [prompts]
+    for position in range(noise.shape[1]):
+        scores = logits[:, -1]
+        if temperature > 0:
+            scores = scores / temperature + noise[:, position]
+        chosen = scores.argmax(-1, keepdim=True)
+        pieces.append(chosen)
+        if position + 1 < noise.shape[1]:
+            logits, cache = model(chosen, cache)
+    return torch.cat(pieces, dim=1)
