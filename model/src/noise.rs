@@ -14,7 +14,7 @@ use crate::math;
 const KEY_CONTEXT: &str = "slipstream noise row key v1";
 
 /// Slightly more than ln 2, so that bounds computed with it hold after rounding.
-const LN2_ABOVE: f64 = 0.693_147_181;
+const LN2_ABOVE: f64 = std::f64::consts::LN_2 * (1.0 + 1e-9);
 
 /// The noise of one row: all tokens at one absolute position of one sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -20,7 +20,7 @@ pub const EVENT_QUEUE_LEN: usize = 32;
 #[derive(Debug)]
 pub enum Command {
     /// Take a request.
-    Submit(Submission),
+    Submit(Box<Submission>),
     /// A client has gone. The permit is released when the engine has seen the command.
     Cancel(SequenceId, OwnedSemaphorePermit),
     /// Refuse new requests from now on; running ones go on.
@@ -77,7 +77,7 @@ impl EngineHandle {
         let id = SequenceId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let (events, receiver) = mpsc::channel(EVENT_QUEUE_LEN);
         let (reply, answer) = oneshot::channel();
-        let submission = Submission { id, request, events, reply };
+        let submission = Box::new(Submission { id, request, events, reply });
         self.commands
             .try_send(Command::Submit(submission))
             .map_err(|_| SubmitError::ShuttingDown)?;

@@ -108,11 +108,14 @@ async fn drain(
     tracing::info!(running = engine.num_live(), grace_s = grace.as_secs(), "draining");
     engine.drain();
     let closed = server.finish(grace).await;
-    engine.stop();
     let result = match closed {
-        Ok(result) => result,
+        Ok(result) => {
+            engine.stop();
+            result
+        }
         Err(unfinished) => {
-            tracing::warn!(ended = engine.num_live(), "grace is over: ending the rest");
+            tracing::warn!(running = engine.num_live(), "grace is over: ending the rest");
+            engine.stop();
             unfinished.close(CLOSING_GRACE).await
         }
     };

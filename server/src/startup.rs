@@ -44,10 +44,12 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 #[derive(Debug, thiserror::Error)]
 pub enum StartupError {
     /// A model could not be loaded.
-    #[error("the {role} could not be loaded from {from}: {source}")]
+    #[error("cannot load the {role} from {from}: {source} (chosen by --{flag})")]
     Load {
         /// Verifier or draft.
         role: &'static str,
+        /// The flag that chooses it.
+        flag: &'static str,
         /// The path, or that it is the embedded one.
         from: String,
         /// What is wrong.
@@ -220,9 +222,10 @@ fn load_model(
         memory_budget_bytes: config.load_memory_bytes,
     };
     tracing::info!(role, from, "loading");
+    let flag = if role == DRAFT { "draft-model" } else { "model" };
     let mut reporter = Reporter { role, last: Instant::now() };
     load(source, &options, &mut |progress| reporter.report(progress))
-        .map_err(|source| StartupError::Load { role, from, source })
+        .map_err(|source| StartupError::Load { role, flag, from, source })
 }
 
 /// Tells the log how far loading is, now and then.

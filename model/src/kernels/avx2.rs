@@ -204,16 +204,19 @@ fn scores(query: &[f32], keys: &[f32], scale: f32, out: &mut [f32; BLOCK_LEN]) {
 #[inline]
 fn eight_dots(query: &[[f32; 8]], keys: &[[f32; 8]]) -> __m256 {
     let num_parts = query.len();
-    let keys: [&[[f32; 8]]; 8] = std::array::from_fn(|j| &keys[j * num_parts..][..num_parts]);
+    let mut rows = [keys; 8];
+    for (row, key) in rows.iter_mut().zip(keys.chunks_exact(num_parts)) {
+        *row = key;
+    }
     let mut sums = [_mm256_setzero_ps(); 8];
     for (part, query) in query.iter().enumerate() {
         let query = load(query);
-        for (sum, key) in sums.iter_mut().zip(keys) {
+        for (sum, key) in sums.iter_mut().zip(rows) {
             *sum = _mm256_fmadd_ps(query, load(&key[part]), *sum);
         }
     }
-    // The fixed tree for all eight at once. Each step adds the same lanes as `plain::tree` and packs two
-    // registers into one; the order of the pairs makes key j end in lane j.
+    // The fixed tree for all eight at once. Each step adds the same lanes as `plain::tree` and
+    // packs two registers into one; the order of the pairs makes key j end in lane j.
     let fold_four = |a: __m256, b: __m256| {
         let low = _mm256_permute2f128_ps::<0x20>(a, b);
         let high = _mm256_permute2f128_ps::<0x31>(a, b);
@@ -298,7 +301,10 @@ fn accumulate_parts<const PARTS: usize>(
     at: (usize, usize),
 ) {
     let (first, num_parts) = at;
-    let mut sums: [__m256; PARTS] = std::array::from_fn(|part| load(&outs[part]));
+    let mut sums = [_mm256_setzero_ps(); PARTS];
+    for (sum, out) in sums.iter_mut().zip(outs.iter()) {
+        *sum = load(out);
+    }
     for (&probability, values) in probabilities.iter().zip(values.chunks_exact(num_parts)) {
         let probability = _mm256_set1_ps(probability);
         for (sum, value) in sums.iter_mut().zip(&values[first..first + PARTS]) {

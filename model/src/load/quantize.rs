@@ -5,7 +5,7 @@ use half::f16;
 
 use crate::weights::Q8_0_BLOCK_LEN;
 
-/// Largest magnitude of a quant. `-128` is never written, so that kernels may negate any quant.
+/// Largest magnitude of a quant that we write. Files may hold -128 too.
 const Q8_0_MAX_QUANT: f32 = 127.0;
 
 /// Scales and quants of a matrix in the Q8_0 format: `[len / 32]` and `[len]`.

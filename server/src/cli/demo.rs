@@ -2,7 +2,7 @@
 //! speculative. Prints what it measured, whatever that is.
 
 use std::io::{self, Write};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use slipstream_proto::v1;
 use slipstream_proto::v1::completions_client::CompletionsClient;
@@ -10,8 +10,9 @@ use slipstream_proto::v1::generate_request::Prompt;
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
+use super::OWN_SERVER_GRACE;
 use super::client::{self, Completion};
-use super::compare::first_difference;
+use super::compare::{Difference, first_difference};
 use super::generate::write_tokens;
 use super::request_flags::{auto, off};
 use super::terminal::{Attribution, Palette, write_table};
@@ -51,21 +52,17 @@ struct Case {
 }
 
 const CASES: [Case; 5] = [
-    Case { name: "main", prompt: "fn main() {\n    let mut ", temperature: 0.0 },
+    Case { name: "main", prompt: "fn main() {\n    let mut", temperature: 0.0 },
     Case {
         name: "display",
-        prompt: "impl fmt::Display for Error {\n    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> ",
+        prompt: "impl fmt::Display for Error {\n    fn fmt(&self, f: &mut fmt::Formatter<'_>)",
         temperature: 0.0,
     },
-    Case {
-        name: "struct",
-        prompt: "#[derive(Clone, Debug)]\npub struct Config {\n    ",
-        temperature: 0.0,
-    },
+    Case { name: "struct", prompt: "#[derive(Clone, Debug)]\npub struct", temperature: 0.0 },
     Case { name: "imports", prompt: "use std::collections::HashMap;\nuse std::", temperature: 0.8 },
     Case {
         name: "tests",
-        prompt: "#[cfg(test)]\nmod tests {\n    use super::*;\n\n    #[test]\n    fn ",
+        prompt: "#[cfg(test)]\nmod tests {\n    use super::*;\n\n    #[test]\n    fn",
         temperature: 0.8,
     },
 ];
@@ -73,7 +70,7 @@ const CASES: [Case; 5] = [
 /// Runs the demonstration.
 pub(super) async fn run(flags: DemoFlags) -> anyhow::Result<()> {
     logging::start(LogFormat::Text, "warn")?;
-    let config = Config::new(&flags.model, Duration::ZERO)?;
+    let config = Config::new(&flags.model, OWN_SERVER_GRACE)?;
     let palette = Palette { colour: wants_colour() };
     writeln!(io::stdout(), "Starting a server on a free loopback port ...")?;
     let begun = Instant::now();
@@ -171,50 +168,36 @@ impl Demo {
     /// Measures every prompt alone and all of them together. Returns whether all bytes agreed.
     async fn measure(&self) -> anyhow::Result<bool> {
         writeln!(io::stdout(), "Measuring, medians of {} ...\n", self.repeats)?;
-        let mut rows = vec![header()];
-        let mut differences = Vec::new();
+        let mut rows = Vec::new();
         for case in CASES {
             let requests = |mode: v1::Speculation| vec![self.request(case, SEED, mode)];
-            let (row, difference) = self.row(case.name, case.temperature, requests).await?;
-            rows.push(row);
-            differences.extend(difference);
+            rows.push(self.row(case.name, Some(case.temperature), requests).await?);
         }
         let together = |mode: v1::Speculation| {
             let cases = CASES.iter().cycle().take(BATCH).enumerate();
             cases.map(|(index, case)| self.request(*case, SEED + index as u64, mode)).collect()
         };
-        let name = format!("{BATCH} at once");
-        let (row, difference) = self.row(&name, f64::NAN, together).await?;
-        rows.push(row);
-        differences.extend(difference);
-        let mut out = io::stdout().lock();
-        write_table(&mut out, &rows)?;
-        for difference in &differences {
-            writeln!(out, "DIFFERENT: {difference}")?;
-        }
-        write_explanation(&mut out)?;
-        Ok(differences.is_empty())
+        rows.push(self.row(&format!("{BATCH} at once"), None, together).await?);
+        write_report(&mut io::stdout().lock(), &rows)?;
+        Ok(rows.iter().all(|row| row.difference.is_none()))
     }
 
     /// Measures plain and speculative in turn, so that both see the same machine.
     async fn row(
         &self,
         name: &str,
-        temperature: f64,
+        temperature: Option<f64>,
         requests: impl Fn(v1::Speculation) -> Vec<v1::GenerateRequest>,
-    ) -> anyhow::Result<(Vec<String>, Option<String>)> {
-        let (mut plain, mut speculative) = (Sample::default(), Sample::default());
-        let mut difference = None;
+    ) -> anyhow::Result<Row> {
+        let mut row = Row { name: name.to_owned(), temperature, ..Row::default() };
         for _ in 0..self.repeats {
-            let plain_answers = self.answers(requests(off()), &mut plain).await?;
-            let answers = self.answers(requests(auto()), &mut speculative).await?;
-            for (one, other) in plain_answers.iter().zip(&answers) {
-                let found = first_difference(one, other).map(|found| format!("{name}: {found}"));
-                difference = difference.or(found);
-            }
+            let plain = self.answers(requests(off()), &mut row.plain).await?;
+            let speculative = self.answers(requests(auto()), &mut row.speculative).await?;
+            let mut found = plain.iter().zip(&speculative);
+            let found = found.find_map(|(one, other)| first_difference(one, other));
+            row.difference = row.difference.or(found);
         }
-        let is_same = difference.is_none();
-        Ok((table_row(name, temperature, [&plain, &speculative], is_same), difference))
+        Ok(row)
     }
 
     /// Answers requests at the same time. Several count as one rate: all tokens over all the time.
@@ -272,40 +255,75 @@ fn header() -> Vec<String> {
     names.map(str::to_owned).to_vec()
 }
 
-fn table_row(
-    name: &str,
-    temperature: f64,
-    [plain, speculative]: [&Sample; 2],
-    is_same: bool,
-) -> Vec<String> {
-    let rates = [median(&plain.tokens_per_second), median(&speculative.tokens_per_second)];
-    let share = |part: f64, whole: f64, unit: &str, digits: usize| match whole > 0.0 {
-        true => format!("{part:.digits$}{unit}", part = part / whole),
-        false => "-".to_owned(),
-    };
-    let percent = f64::from(speculative.accepted) * 100.0;
-    vec![
-        name.to_owned(),
-        if temperature.is_nan() { "-".to_owned() } else { format!("{temperature}") },
-        format!("{:.2}", median(&plain.first_token_ms)),
-        format!("{:.2}", median(&speculative.first_token_ms)),
-        format!("{:.0}", rates[0]),
-        format!("{:.0}", rates[1]),
-        share(rates[1], rates[0], "x", 2),
-        share(percent, f64::from(speculative.proposed), "%", 0),
-        share(speculative.tokens as f64, f64::from(speculative.steps), "", 2),
-        if is_same { "yes".to_owned() } else { "NO".to_owned() },
-    ]
+/// One line of the table.
+#[derive(Debug, Default)]
+struct Row {
+    name: String,
+    /// `None` where several temperatures take part.
+    temperature: Option<f64>,
+    plain: Sample,
+    speculative: Sample,
+    difference: Option<Difference>,
 }
 
-fn write_explanation(out: &mut impl Write) -> io::Result<()> {
+impl Row {
+    fn rates(&self) -> [f64; 2] {
+        [&self.plain, &self.speculative].map(|sample| median(&sample.tokens_per_second))
+    }
+
+    fn is_slower(&self) -> bool {
+        let [plain, speculative] = self.rates();
+        speculative < plain
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let Self { plain, speculative, .. } = self;
+        let [plain_rate, rate] = self.rates();
+        let accepted = f64::from(speculative.accepted) * 100.0;
+        vec![
+            self.name.clone(),
+            self.temperature.map_or("-".to_owned(), |temperature| temperature.to_string()),
+            format!("{:.2}", median(&plain.first_token_ms)),
+            format!("{:.2}", median(&speculative.first_token_ms)),
+            format!("{plain_rate:.0}"),
+            format!("{rate:.0}"),
+            format!("{:.2}x", rate / plain_rate),
+            format!("{:.0}%", accepted / f64::from(speculative.proposed)),
+            format!("{:.2}", speculative.tokens as f64 / f64::from(speculative.steps)),
+            if self.difference.is_none() { "yes".to_owned() } else { "NO".to_owned() },
+        ]
+    }
+}
+
+/// Writes the table, what it found, and what its columns mean.
+fn write_report(out: &mut impl Write, rows: &[Row]) -> io::Result<()> {
+    let mut table = vec![header()];
+    table.extend(rows.iter().map(Row::cells));
+    write_table(out, &table)?;
     writeln!(
         out,
         "\nTTFT: time from sending the request to its first token, plain and speculative.\n\
          tokens/s: after the first token; for {BATCH} at once, all tokens over the whole time.\n\
          accepted: share of proposed tokens that the verifier chose, too.\n\
-         tokens/step: tokens per run of the verifier; plain decoding gives 1."
-    )
+         tokens/step: tokens per run of the verifier; plain decoding gives 1.\n"
+    )?;
+    for row in rows {
+        if let Some(difference) = &row.difference {
+            writeln!(out, "DIFFERENT in {}: {difference}", row.name)?;
+        }
+    }
+    if rows.iter().all(|row| row.difference.is_none()) {
+        writeln!(out, "Every completion has the same bytes with speculation and without.")?;
+    }
+    match rows.iter().filter(|row| row.is_slower()).count() {
+        0 => writeln!(out, "Speculation was faster in every row."),
+        slower => writeln!(
+            out,
+            "Speculation was slower in {slower} of {} rows: it pays where a run of the verifier\n\
+             costs far more than one of the draft, which takes a larger verifier than this one.",
+            rows.len()
+        ),
+    }
 }
 
 fn write_next_steps(palette: Palette) -> io::Result<()> {

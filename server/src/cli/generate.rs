@@ -1,11 +1,11 @@
 //! `slipstream generate`: complete one prompt and stream the text to stdout.
 
 use std::io::{Read, Write};
-use std::time::Duration;
 
 use anyhow::Context;
 use slipstream_proto::v1;
 
+use super::OWN_SERVER_GRACE;
 use super::client::{self, Completion};
 use super::request_flags::RequestFlags;
 use super::terminal::{Attribution, Palette};
@@ -51,7 +51,7 @@ pub(super) async fn run(flags: GenerateFlags) -> anyhow::Result<()> {
             print_completion(client::client(channel), request, palette, flags.stats).await
         }
         None => {
-            let config = Config::new(&flags.model, Duration::ZERO)?;
+            let config = Config::new(&flags.model, OWN_SERVER_GRACE)?;
             let server = LocalServer::start(config).await?;
             let client = client::client(server.channel());
             print_completion(client, request, palette, flags.stats).await?;

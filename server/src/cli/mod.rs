@@ -12,6 +12,7 @@ mod terminal;
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
@@ -20,6 +21,10 @@ use crate::logging::FilterError;
 
 /// Exit code of a command that could not do what it was asked to.
 const FAILED: u8 = 1;
+/// How long a server that a command started for itself may take to end.
+const OWN_SERVER_GRACE: Duration = Duration::from_secs(5);
+/// Threads that tokenise prompts; more prompts wait for one.
+const TOKENISING_THREADS: usize = 4;
 /// Exit code of a command that was asked wrongly.
 const MISUSED: u8 = 2;
 
@@ -52,10 +57,21 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Without stderr there is nobody to tell.
-            let _ = writeln!(std::io::stderr().lock(), "error: {error:#}");
+            let _ = writeln!(std::io::stderr().lock(), "error: {}", describe(&error));
             ExitCode::from(exit_code(&error))
         }
     }
+}
+
+/// The error with its causes, except those that its message already tells.
+fn describe(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn exit_code(error: &anyhow::Error) -> u8 {
@@ -65,6 +81,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 fn execute(command: Command) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(network_threads())
+        .max_blocking_threads(TOKENISING_THREADS)
         .enable_all()
         .build()?;
     let result = runtime.block_on(async {

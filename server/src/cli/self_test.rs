@@ -2,7 +2,6 @@
 //! the first difference and exit code 1.
 
 use std::io::{self, Write};
-use std::time::Duration;
 
 use slipstream_proto::v1;
 use slipstream_proto::v1::completions_client::CompletionsClient;
@@ -10,6 +9,7 @@ use slipstream_proto::v1::generate_request::Prompt;
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
+use super::OWN_SERVER_GRACE;
 use super::client::{self, Completion};
 use super::compare::first_difference;
 use super::request_flags::{auto, fixed, off};
@@ -57,7 +57,7 @@ struct Findings {
 /// Compares, and fails at any difference.
 pub(super) async fn run(flags: SelfTestFlags) -> anyhow::Result<()> {
     logging::start(LogFormat::Text, "warn")?;
-    let config = Config::new(&flags.model, Duration::ZERO)?;
+    let config = Config::new(&flags.model, OWN_SERVER_GRACE)?;
     if config.models.draft.is_none() {
         let problem = "the self-test compares with and without a draft: name one";
         return Err(ConfigError::new("draft-model", problem).into());

@@ -110,7 +110,7 @@ impl Runner {
     /// Returns false for `Stop`.
     fn apply(&mut self, command: Command) -> bool {
         match command {
-            Command::Submit(submission) => self.submit(submission),
+            Command::Submit(submission) => self.submit(*submission),
             Command::Cancel(id, permit) => {
                 self.engine.forget(id);
                 self.readers.remove(&id);

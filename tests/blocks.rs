@@ -1,0 +1,112 @@
+//! Proves that block accounting cannot leak or share: random growing, shrinking and releasing of
+//! many tables over tiny pools, against a model that keeps plain sets.
+
+use std::collections::BTreeSet;
+
+use slipstream_model::block_manager::{BlockManager, BlockTable, OutOfBlocks};
+use slipstream_model::ids::{BLOCK_LEN, BlockId};
+use slipstream_tests::random::Rng;
+use slipstream_tests::timing::timed;
+
+/// A manager beside the model of what it must say.
+struct World {
+    manager: BlockManager,
+    tables: Vec<BlockTable>,
+    /// Blocks of each table, in order, as the model sees them.
+    owned: Vec<Vec<BlockId>>,
+}
+
+impl World {
+    fn new(num_blocks: usize, num_tables: usize) -> Self {
+        Self {
+            manager: BlockManager::new(num_blocks),
+            tables: (0..num_tables).map(|_| BlockTable::new()).collect(),
+            owned: vec![Vec::new(); num_tables],
+        }
+    }
+
+    fn num_owned(&self) -> usize {
+        self.owned.iter().map(Vec::len).sum()
+    }
+
+    /// Grows a table and says whether that must succeed.
+    fn grow(&mut self, table: usize, len: usize) {
+        let free = self.manager.num_blocks() - self.num_owned();
+        let wanted = len.div_ceil(BLOCK_LEN).saturating_sub(self.owned[table].len());
+        let result = self.manager.grow(&mut self.tables[table], len);
+        if wanted > free {
+            assert_eq!(result, Err(OutOfBlocks { wanted, free }));
+            return;
+        }
+        assert_eq!(result, Ok(()));
+        let old_len = self.owned[table].len();
+        let blocks = self.tables[table].blocks();
+        assert_eq!(blocks.len(), old_len + wanted, "exactly what was asked for");
+        let added = blocks[old_len..].to_vec();
+        self.owned[table].extend(added);
+    }
+
+    fn shrink(&mut self, table: usize, len: usize) {
+        self.manager.shrink(&mut self.tables[table], len);
+        self.owned[table].truncate(len.div_ceil(BLOCK_LEN));
+    }
+
+    fn release(&mut self, table: usize) {
+        self.manager.release(&mut self.tables[table]);
+        self.owned[table].clear();
+    }
+
+    /// The manager and the model agree, and no block has two owners.
+    fn check(&self) {
+        let mut all = BTreeSet::new();
+        for (table, owned) in self.tables.iter().zip(&self.owned) {
+            assert_eq!(table.blocks(), owned, "kept blocks stay where they are");
+            assert_eq!(table.capacity_len(), owned.len() * BLOCK_LEN);
+            for &block in owned {
+                assert!(all.insert(block), "{block:?} has two owners");
+                assert!(block.index() < self.manager.num_blocks(), "{block:?} is outside");
+            }
+        }
+        assert_eq!(self.manager.num_free(), self.manager.num_blocks() - all.len());
+        for index in 0..self.manager.num_blocks() {
+            let block = BlockId(u32::try_from(index).unwrap());
+            assert_eq!(self.manager.is_held(block), all.contains(&block), "{block:?}");
+        }
+    }
+}
+
+#[test]
+fn random_use_of_tiny_pools_never_leaks_or_shares() {
+    timed("blocks", 3.0, || {
+        let mut num_refused = 0;
+        for seed in 0..300 {
+            let mut rng = Rng::new(seed);
+            let num_blocks = rng.below(12);
+            let mut world = World::new(num_blocks, rng.between(1, 5));
+            for _ in 0..300 {
+                let table = rng.below(world.tables.len());
+                let len = rng.below(num_blocks * BLOCK_LEN + 20);
+                let free = world.manager.num_free();
+                match rng.below(6) {
+                    0..=2 => world.grow(table, len),
+                    3 | 4 => world.shrink(table, len),
+                    _ => world.release(table),
+                }
+                num_refused += usize::from(world.manager.num_free() == free);
+                world.check();
+            }
+            for table in 0..world.tables.len() {
+                world.release(table);
+            }
+            assert_eq!(world.manager.num_free(), num_blocks, "seed {seed} leaks");
+        }
+        assert!(num_refused > 1_000, "the pools were never short");
+    });
+}
+
+#[test]
+fn lengths_round_up_to_blocks() {
+    for (len, wanted) in [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (32, 2), (33, 3)] {
+        assert_eq!(BlockManager::blocks_for(len), wanted, "{len} positions");
+    }
+}

@@ -1,0 +1,325 @@
+//! Proves how calls and servers end: a client that goes away gives everything back, deadlines and
+//! full queues have their codes, health follows the server's life, a drain loses nothing, and a
+//! server that cannot start says why.
+
+use std::time::{Duration, Instant};
+
+use slipstream_proto::v1;
+use slipstream_proto::v1::generate_event::Event;
+use slipstream_server::config::{Config, ModelFlags};
+use slipstream_server::local::{LocalServer, LocalServerError, connect};
+use slipstream_server::{RunError, StartupError};
+use slipstream_tests::client::{Client, block_on, client, config, greedy, sampled, start, stream};
+use tokio::task::JoinSet;
+use tokio_stream::StreamExt;
+use tonic::{Code, Request, Status};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+
+const PROMPT: &str = "use std::collections::HashMap;\n";
+/// Output that fills the embedded verifier's context of 1024 after `PROMPT`.
+const LONG: i32 = 1000;
+/// Far longer than anything here takes: only a server that hangs reaches it.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Asks until there is room: a cancelled request's place is free once the engine has seen it go.
+async fn until_taken(client: &Client, request: &v1::GenerateRequest) -> Duration {
+    let begun = Instant::now();
+    loop {
+        match stream(client, request.clone()).await {
+            Ok(_) => return begun.elapsed(),
+            Err(status) => {
+                assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+                assert!(begun.elapsed() < PATIENCE, "the place of a cancelled request never came");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_client_that_goes_away_gives_everything_back() {
+    block_on(async {
+        // Room for one request in all: 64 blocks are one full context.
+        let one = |flags: &mut ModelFlags| {
+            flags.max_running = 1;
+            flags.max_waiting = 0;
+            flags.kv_blocks = Some(64);
+        };
+        let server = start(one).await;
+        let client = client(&server);
+        let full = greedy(PROMPT, LONG);
+        for num_events in 0..12 {
+            let mut events = client.clone().generate(full.clone()).await.unwrap().into_inner();
+            for _ in 0..num_events {
+                events.message().await.unwrap();
+            }
+            drop(events);
+            until_taken(&client, &greedy(PROMPT, 4)).await;
+        }
+        // All blocks came back: the whole pool serves one more full context.
+        assert_eq!(stream(&client, full).await.unwrap().tokens.len(), LONG as usize);
+        server.stop().await.unwrap();
+    });
+}
+
+#[test]
+fn a_call_dropped_before_its_answer_gives_everything_back() {
+    block_on(async {
+        let server = start(|flags| {
+            flags.max_running = 1;
+            flags.max_waiting = 0;
+        })
+        .await;
+        let client = client(&server);
+        for _ in 0..20 {
+            let call = tokio::spawn({
+                let mut client = client.clone();
+                async move { client.complete(greedy(PROMPT, LONG)).await }
+            });
+            tokio::task::yield_now().await;
+            call.abort();
+            until_taken(&client, &greedy(PROMPT, 2)).await;
+        }
+        server.stop().await.unwrap();
+    });
+}
+
+#[test]
+fn a_full_server_says_so_at_once() {
+    block_on(async {
+        // One after the other, 20 full contexts keep the server busy for far longer than it takes
+        // to ask once more.
+        let server = start(|flags| {
+            flags.max_running = 1;
+            flags.max_waiting = 19;
+        })
+        .await;
+        let client = client(&server);
+        let mut running = Vec::new();
+        for _ in 0..20 {
+            let call = client.clone().generate(greedy(PROMPT, LONG)).await;
+            running.push(call.unwrap().into_inner());
+        }
+        let one_more = client.clone().generate(greedy(PROMPT, LONG)).await;
+        let status = one_more.map(|_| ()).expect_err("20 are the limit");
+        assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+        assert!(status.message().contains("20"), "{status:?}");
+        let first = &mut running[0];
+        while first.message().await.unwrap().is_some() {}
+        drop(running);
+        until_taken(&client, &greedy(PROMPT, 4)).await;
+        server.stop().await.unwrap();
+    });
+}
+
+/// Generates with a deadline that only the server enforces once the stream is open.
+async fn with_deadline(client: &Client, timeout: &'static str) -> Result<usize, Status> {
+    let mut request = Request::new(greedy(PROMPT, LONG));
+    request.metadata_mut().insert("grpc-timeout", timeout.parse().unwrap());
+    let mut events = client.clone().generate(request).await?.into_inner();
+    let mut num_tokens = 0;
+    while let Some(event) = events.message().await? {
+        if let Some(Event::Tokens(tokens)) = event.event {
+            num_tokens += tokens.tokens.len();
+        }
+    }
+    Ok(num_tokens)
+}
+
+#[test]
+fn deadlines_end_calls_and_nothing_else() {
+    block_on(async {
+        let server = start(|_| {}).await;
+        let client = client(&server);
+        let mut calls = JoinSet::new();
+        for _ in 0..40 {
+            let client = client.clone();
+            calls.spawn(async move { with_deadline(&client, "40m").await });
+        }
+        let mut num_exceeded = 0;
+        while let Some(result) = calls.join_next().await {
+            match result.unwrap() {
+                Ok(num_tokens) => assert_eq!(num_tokens, LONG as usize),
+                Err(status) if status.code() == Code::DeadlineExceeded => num_exceeded += 1,
+                // The client's own timer was first.
+                Err(status) => assert_eq!(status.code(), Code::Cancelled, "{status:?}"),
+            }
+        }
+        assert!(num_exceeded > 0, "40 full contexts in 40 ms are more than the server can do");
+        assert_eq!(with_deadline(&client, "60S").await.unwrap(), LONG as usize);
+        server.stop().await.unwrap();
+    });
+}
+
+fn watch_request(service: &str) -> HealthCheckRequest {
+    HealthCheckRequest { service: service.to_owned() }
+}
+
+#[test]
+fn health_follows_the_life_of_the_server() {
+    block_on(async {
+        let server = LocalServer::start_loading(config(|_| {})).await.unwrap();
+        let mut health = HealthClient::new(server.channel());
+        let mut watches = Vec::new();
+        for service in ["", "slipstream.v1.Completions"] {
+            let mut statuses = health.watch(watch_request(service)).await.unwrap().into_inner();
+            while let Some(status) = statuses.next().await {
+                match status.unwrap().status() {
+                    ServingStatus::Serving => break,
+                    other => assert_eq!(other, ServingStatus::NotServing),
+                }
+            }
+            let check = health.check(watch_request(service)).await.unwrap().into_inner();
+            assert_eq!(check.status(), ServingStatus::Serving);
+            watches.push(statuses);
+        }
+        let unknown = health.check(watch_request("other")).await.expect_err("not a service");
+        assert_eq!(unknown.code(), Code::NotFound);
+        server.stop().await.unwrap();
+        for mut statuses in watches {
+            let last = statuses.next().await.unwrap().unwrap();
+            assert_eq!(last.status(), ServingStatus::NotServing);
+            assert!(statuses.next().await.is_none_or(|end| end.is_err()));
+        }
+    });
+}
+
+#[test]
+fn requests_before_the_models_are_loaded_are_unavailable() {
+    block_on(async {
+        let server = LocalServer::start_loading(config(|_| {})).await.unwrap();
+        let client = client(&server);
+        let begun = Instant::now();
+        loop {
+            match stream(&client, greedy(PROMPT, 2)).await {
+                Ok(_) => break,
+                Err(status) => assert_eq!(status.code(), Code::Unavailable, "{status:?}"),
+            }
+            assert!(begun.elapsed() < PATIENCE, "the server never became ready");
+        }
+        server.stop().await.unwrap();
+    });
+}
+
+/// Opens streams and waits for the first token of each.
+async fn open_streams(client: &Client, num: u64) -> Vec<tonic::Streaming<v1::GenerateEvent>> {
+    let mut streams = Vec::new();
+    for seed in 0..num {
+        let call = client.clone().generate(sampled(PROMPT, 600, seed)).await;
+        streams.push(call.unwrap().into_inner());
+    }
+    for stream in &mut streams {
+        stream.message().await.unwrap().expect("Started");
+        stream.message().await.unwrap().expect("first tokens");
+    }
+    streams
+}
+
+#[test]
+fn a_drain_lets_running_requests_finish() {
+    block_on(async {
+        let server = start(|_| {}).await;
+        let address = format!("http://{}", server.address());
+        let streams = open_streams(&client(&server), 16).await;
+        let mut readers = JoinSet::new();
+        for mut events in streams {
+            readers.spawn(async move {
+                let mut last = None;
+                while let Some(event) = events.message().await.unwrap() {
+                    last = event.event;
+                }
+                matches!(last, Some(Event::Finished(_)))
+            });
+        }
+        server.stop().await.unwrap();
+        while let Some(is_finished) = readers.join_next().await {
+            assert!(is_finished.unwrap(), "a stream ended without Finished");
+        }
+        assert!(connect(&address).await.is_err(), "the port is still open");
+    });
+}
+
+/// Reads a stream to its end: the ids received, and the status unless it came to a good end.
+async fn read_on(
+    mut events: tonic::Streaming<v1::GenerateEvent>,
+    mut received: Vec<u32>,
+) -> (Vec<u32>, Option<Status>) {
+    loop {
+        match events.message().await {
+            Ok(Some(event)) => {
+                if let Some(Event::Tokens(tokens)) = event.event {
+                    received.extend(tokens.tokens.iter().map(|token| token.id));
+                }
+            }
+            Ok(None) => return (received, None),
+            Err(status) => return (received, Some(status)),
+        }
+    }
+}
+
+#[test]
+fn what_the_grace_does_not_cover_ends_as_unavailable_and_can_go_on_elsewhere() {
+    block_on(async {
+        let mut settings = config(|_| {});
+        settings.grace = Duration::ZERO;
+        let server = LocalServer::start(settings).await.unwrap();
+        let request = |seed: u64| sampled(PROMPT, 900, seed);
+        // 32 long completions together take far longer than the stop.
+        let mut readers = JoinSet::new();
+        for seed in 0..32 {
+            let call = client(&server).clone().generate(request(seed)).await;
+            let events = call.unwrap().into_inner();
+            readers.spawn(async move { (seed, read_on(events, Vec::new()).await) });
+        }
+        server.stop().await.unwrap();
+        let other = start(|_| {}).await;
+        let mut num_cut = 0;
+        while let Some(result) = readers.join_next().await {
+            let (seed, (mut received, status)) = result.unwrap();
+            let Some(status) = status else { continue };
+            num_cut += 1;
+            assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+            if num_cut > 4 {
+                continue;
+            }
+            let output_prefix = received.clone();
+            let resumed = v1::GenerateRequest { output_prefix, ..request(seed) };
+            received.extend(stream(&client(&other), resumed).await.unwrap().ids());
+            let whole = stream(&client(&other), request(seed)).await.unwrap();
+            assert_eq!(received, whole.ids(), "seed {seed}");
+        }
+        assert!(num_cut > 0, "every completion was faster than the stop");
+        other.stop().await.unwrap();
+    });
+}
+
+async fn start_error(change: impl FnOnce(&mut ModelFlags)) -> StartupError {
+    let flags = {
+        let mut flags = ModelFlags::default();
+        change(&mut flags);
+        flags
+    };
+    let config = Config::new(&flags, Duration::ZERO).unwrap();
+    match LocalServer::start(config).await {
+        Err(LocalServerError::Run(RunError::Startup(error))) => error,
+        other => panic!("expected a startup error, got {other:?}"),
+    }
+}
+
+#[test]
+fn a_server_that_cannot_start_says_why() {
+    block_on(async {
+        let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/llama-gqa/");
+        let missing = start_error(|f| f.model = Some("no/such/model".to_owned())).await;
+        let message = missing.to_string();
+        assert!(message.contains("verifier") && message.contains("no/such/model"), "{message}");
+        let other = format!("{fixtures}model-f32.gguf");
+        let vocabulary = start_error(|f| f.draft_model = Some(other)).await;
+        let message = vocabulary.to_string();
+        assert!(matches!(vocabulary, StartupError::Vocabulary { .. }), "{message}");
+        assert!(message.contains("fingerprints") && message.contains("--draft-model"), "{message}");
+        let pool = start_error(|f| f.kv_memory = Some("16".to_owned())).await;
+        assert!(matches!(pool, StartupError::KvPool { .. }), "{pool}");
+    });
+}

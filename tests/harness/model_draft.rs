@@ -1,0 +1,97 @@
+//! Owns the real model proposer on a hash LM, with a window through which a test can see that it
+//! leaks no KV blocks. Knows no engine.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use slipstream_draft::fault::DraftFault;
+use slipstream_draft::model_proposer::{ModelProposer, ModelProposerOptions};
+use slipstream_draft::proposer::{ProposeWork, Proposer, TimeBudget};
+use slipstream_model::ids::{DraftEpoch, SequenceId};
+use slipstream_model::proposal::Proposal;
+
+use crate::hash_lm::{HashLm, HashLmConfig, HashLmProbe};
+
+/// The engine's half of a shared model proposer.
+struct SharedProposer(Arc<Mutex<ModelProposer>>);
+
+/// The test's half.
+#[derive(Clone)]
+pub struct DraftWatch {
+    proposer: Arc<Mutex<ModelProposer>>,
+    /// Looks into the draft's hash LM.
+    pub probe: HashLmProbe,
+}
+
+impl DraftWatch {
+    /// KV blocks that the draft holds.
+    #[must_use]
+    pub fn num_held_blocks(&self) -> usize {
+        lock(&self.proposer).num_held_blocks()
+    }
+}
+
+/// A model proposer on the hash LM of `config`.
+#[must_use]
+pub fn model_draft(
+    config: HashLmConfig,
+    epoch: DraftEpoch,
+    options: ModelProposerOptions,
+) -> (Box<dyn Proposer>, DraftWatch) {
+    let (forward, probe) = HashLm::new(config);
+    let proposer = Arc::new(Mutex::new(ModelProposer::new(Box::new(forward), epoch, options)));
+    (Box::new(SharedProposer(Arc::clone(&proposer))), DraftWatch { proposer, probe })
+}
+
+fn lock(proposer: &Mutex<ModelProposer>) -> MutexGuard<'_, ModelProposer> {
+    proposer.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Proposer for SharedProposer {
+    fn epoch(&self) -> DraftEpoch {
+        lock(&self.0).epoch()
+    }
+
+    fn propose(
+        &mut self,
+        work: &[ProposeWork<'_>],
+        budget: TimeBudget<'_>,
+        proposals: &mut Vec<Proposal>,
+    ) -> Result<(), DraftFault> {
+        lock(&self.0).propose(work, budget, proposals)
+    }
+
+    fn release(&mut self, sequence: SequenceId) {
+        lock(&self.0).release(sequence);
+    }
+
+    fn reset(&mut self) {
+        lock(&self.0).reset();
+    }
+}
+
+/// A proposer that forgets everything before it proposes: what its cache may save, never change.
+pub struct Forgetful(pub Box<dyn Proposer>);
+
+impl Proposer for Forgetful {
+    fn epoch(&self) -> DraftEpoch {
+        self.0.epoch()
+    }
+
+    fn propose(
+        &mut self,
+        work: &[ProposeWork<'_>],
+        budget: TimeBudget<'_>,
+        proposals: &mut Vec<Proposal>,
+    ) -> Result<(), DraftFault> {
+        self.0.reset();
+        self.0.propose(work, budget, proposals)
+    }
+
+    fn release(&mut self, sequence: SequenceId) {
+        self.0.release(sequence);
+    }
+
+    fn reset(&mut self) {
+        self.0.reset();
+    }
+}
