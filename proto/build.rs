@@ -1,6 +1,5 @@
 //! Compiles the protocol files in pure Rust: no `protoc` has to be installed.
-// How a build script talks to cargo.
-#![allow(clippy::print_stdout, clippy::disallowed_methods)]
+#![allow(clippy::print_stdout, clippy::disallowed_methods, reason = "how one talks to cargo")]
 
 use std::error::Error;
 use std::path::PathBuf;

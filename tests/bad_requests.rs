@@ -1,5 +1,5 @@
-//! Proves that every bad value ends with the right code and a message that names its field, and that
-//! the server goes on. One table of mistakes, one server.
+//! Proves that every bad value ends with the right code and a message that names its field, and
+//! that the server goes on. One table of mistakes, one server.
 
 use slipstream_proto::v1;
 use slipstream_proto::v1::generate_request::Prompt;
@@ -197,90 +197,73 @@ fn every_mistake_names_its_field_and_the_server_goes_on() {
     });
 }
 
+fn limit(name: &'static str, change: impl Fn(&mut v1::GenerateRequest) + 'static) -> Limit {
+    (name, Box::new(change))
+}
+
+type Limit = (&'static str, Change);
+
+fn lengths_at_their_limits() -> Vec<Limit> {
+    vec![
+        limit("max_tokens to the context", |r| {
+            r.prompt = ids(vec![1; 1000]);
+            r.max_tokens = Some(24);
+        }),
+        limit("one token of prompt", |r| r.prompt = ids(vec![0])),
+        limit("context - 1", |r| {
+            r.max_tokens = None;
+            r.prompt = ids(vec![VOCAB_SIZE - 1; CONTEXT_LEN - 1]);
+        }),
+        limit("NUL and whitespace", |r| {
+            let text = "\0 \t\r\n\u{2028}\u{202e}e\u{301}\u{301}";
+            r.prompt = Some(Prompt::Text(text.to_owned()));
+        }),
+        limit("stops", |r| {
+            r.stop_strings = vec!["y".repeat(256); 16];
+            r.stop_token_ids = vec![0; 64];
+            r.min_tokens = 8;
+        }),
+    ]
+}
+
+fn numbers_at_their_limits() -> Vec<Limit> {
+    let bias = |token_id| v1::LogitBias { token_id, bias: -100.0 };
+    vec![
+        limit("coldest", |r| r.temperature = Some(0.001)),
+        limit("hottest", |r| r.temperature = Some(100.0)),
+        limit("negative zero", |r| r.temperature = Some(-0.0)),
+        limit("top_k", |r| {
+            r.temperature = Some(1.0);
+            r.top_k = i32::MAX;
+        }),
+        limit("least top_p", |r| {
+            r.temperature = Some(1.0);
+            r.top_p = Some(f64::MIN_POSITIVE);
+        }),
+        limit("min_p 1", |r| {
+            r.temperature = Some(1.0);
+            r.min_p = 1.0;
+        }),
+        limit("penalties", |r| {
+            r.repetition_penalty = Some(100.0);
+            r.presence_penalty = 2.0;
+            r.frequency_penalty = -2.0;
+        }),
+        limit("all biases", move |r| r.logit_bias = (0..1024).map(bias).collect()),
+        limit("largest seed", |r| {
+            r.temperature = Some(1.0);
+            r.seed = Some(u64::MAX);
+            r.sample_index = u32::MAX;
+        }),
+    ]
+}
+
 #[test]
 fn values_at_their_limits_are_taken() {
     block_on(async {
         let server = start(|_| {}).await;
         let client = client(&server);
-        let changes: Vec<(&str, Change)> = vec![
-            (
-                "max_tokens to the context",
-                Box::new(|r| {
-                    r.prompt = ids(vec![1; 1000]);
-                    r.max_tokens = Some(24);
-                }),
-            ),
-            ("one token of prompt", Box::new(|r| r.prompt = ids(vec![0]))),
-            (
-                "context - 1",
-                Box::new(|r| {
-                    r.max_tokens = None;
-                    r.prompt = ids(vec![VOCAB_SIZE - 1; CONTEXT_LEN - 1]);
-                }),
-            ),
-            (
-                "NUL and whitespace",
-                Box::new(|r| {
-                    r.prompt =
-                        Some(Prompt::Text("\0 \t\r\n\u{2028}\u{202e}e\u{301}\u{301}".to_owned()));
-                }),
-            ),
-            ("temperatures", Box::new(|r| r.temperature = Some(0.001))),
-            ("hot", Box::new(|r| r.temperature = Some(100.0))),
-            ("negative zero", Box::new(|r| r.temperature = Some(-0.0))),
-            (
-                "top_k",
-                Box::new(|r| {
-                    r.temperature = Some(1.0);
-                    r.top_k = i32::MAX;
-                }),
-            ),
-            (
-                "least top_p",
-                Box::new(|r| {
-                    r.temperature = Some(1.0);
-                    r.top_p = Some(f64::MIN_POSITIVE);
-                }),
-            ),
-            (
-                "min_p 1",
-                Box::new(|r| {
-                    r.temperature = Some(1.0);
-                    r.min_p = 1.0;
-                }),
-            ),
-            (
-                "penalties",
-                Box::new(|r| {
-                    r.repetition_penalty = Some(100.0);
-                    r.presence_penalty = 2.0;
-                    r.frequency_penalty = -2.0;
-                }),
-            ),
-            (
-                "all biases",
-                Box::new(|r| {
-                    let bias = |token_id| v1::LogitBias { token_id, bias: -100.0 };
-                    r.logit_bias = (0..1024).map(bias).collect();
-                }),
-            ),
-            (
-                "largest seed",
-                Box::new(|r| {
-                    r.seed = Some(u64::MAX);
-                    r.sample_index = u32::MAX;
-                }),
-            ),
-            (
-                "stops",
-                Box::new(|r| {
-                    r.stop_strings = vec!["y".repeat(256); 16];
-                    r.stop_token_ids = vec![0; 64];
-                    r.min_tokens = 8;
-                }),
-            ),
-        ];
-        for (name, change) in changes {
+        for (name, change) in lengths_at_their_limits().iter().chain(&numbers_at_their_limits()) {
             let mut request = greedy("fn main() {", 8);
             change(&mut request);
             let answer = stream(&client, request).await;

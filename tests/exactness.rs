@@ -436,23 +436,25 @@ fn the_drafts_cache_changes_none_of_its_proposals() {
     let cases = cases(2, "cache", &ways()[14].1);
     let requests: Vec<Request> = cases.iter().map(|case| case.request.clone()).collect();
     let clock = Arc::new(VirtualClock::default());
-    for perturbation in [0.3, 1.0, 2.0] {
+    // With few rows a sequence is often not asked for steps on end, and comes back with a history
+    // that has left the draft's entry behind.
+    for (perturbation, rows) in [(0.3, 64), (1.0, 9), (1.0, 11), (2.0, 14), (2.0, 64)] {
         let kind = DraftKind::Model(perturbation);
         let mut usages = Vec::new();
         for forgets in [false, true] {
-            let (mut engine, _) = hash_engine(lm(1), config(64), &pieces, kind, &cases);
+            let (mut engine, _) = hash_engine(lm(1), config(rows), &pieces, kind, &cases);
             let proposer = draft(lm(1), kind, &cases, &clock).unwrap();
             engine.set_proposer(Some(match forgets {
                 true => Box::new(Forgetful(proposer)),
                 false => proposer,
             }));
             let outcome = drive(&mut engine, &requests, 1);
-            assert_expected(&outcome, &cases, &pieces, &(perturbation, forgets));
+            assert_expected(&outcome, &cases, &pieces, &(perturbation, rows, forgets));
             let ends = outcome.collected.into_iter().map(|c| c.finished.unwrap().speculation);
             usages.push(ends.collect::<Vec<_>>());
         }
         // A stale entry shows here and nowhere else: output never depends on the draft.
-        assert_eq!(usages[0], usages[1], "noise {perturbation}");
+        assert_eq!(usages[0], usages[1], "noise {perturbation}, {rows} rows");
         assert!(usages[0].iter().any(|usage| usage.num_accepted() < usage.num_proposed));
     }
 }

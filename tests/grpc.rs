@@ -226,8 +226,8 @@ fn text_and_its_token_ids_are_the_same_prompt() {
     block_on(async {
         let server = start(|_| {}).await;
         let client = client(&server);
-        // The output's ids, sent back as a prompt, continue like the output's text does whenever the
-        // tokenizer spells the text with the same ids; one byte per token always does.
+        // The output's ids, sent back as a prompt, continue like the output's text does whenever
+        // the tokenizer spells the text with the same ids; one byte per token always does.
         let whole = stream(&client, greedy(PROMPT, 24)).await.unwrap();
         let ids = v1::TokenIds { ids: whole.ids() };
         let by_ids = v1::GenerateRequest { prompt: Some(Prompt::TokenIds(ids)), ..greedy("", 24) };

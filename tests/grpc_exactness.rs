@@ -1,6 +1,6 @@
-//! Proves the promise on a real pair and over the real wire: 200 seeded configurations, each answered
-//! plainly and alone, speculatively and alone, and speculatively among changing neighbours on a
-//! server with other threads, chunking and memory. All bytes are equal.
+//! Proves the promise on a real pair and over the real wire: 200 seeded configurations, each
+//! answered plainly and alone, speculatively and alone, and speculatively among changing neighbours
+//! on a server with other threads, chunking and memory. All bytes are equal.
 
 use slipstream_proto::v1;
 use slipstream_proto::v1::speculation::Mode;

@@ -1,5 +1,5 @@
-//! Proves the real pair against the oracle, and guards the numerics version: the embedded verifier on
-//! the plain twins, one row at a time, is what defines a response; the engine with the fastest
+//! Proves the real pair against the oracle, and guards the numerics version: the embedded verifier
+//! on the plain twins, one row at a time, is what defines a response; the engine with the fastest
 //! kernels, a team of threads, a batch, chunks and the embedded draft must give the same bytes; and
 //! both must give the bytes recorded in `fixtures/recorded_output.txt`, on every machine.
 
@@ -152,7 +152,8 @@ fn check_recorded_output() {
     }
     assert_eq!(
         now, RECORDED,
-        "output bytes have changed. With another embedded pair, record them anew ({RECORD_VARIABLE}=1); \
-         otherwise find out why, and if the change is wanted raise NUMERICS_VERSION first"
+        "output bytes have changed. With another embedded pair, record them anew \
+         ({RECORD_VARIABLE}=1); otherwise find out why, and if the change is wanted raise \
+         NUMERICS_VERSION first"
     );
 }

@@ -245,8 +245,8 @@ fn a_row_is_the_same_in_batches_of_1_to_64_rows() {
             let mut rng = Rng::new(SEED + 2);
             let sequences: Vec<_> = (0..64).map(|_| tokens(&mut rng, 1)).collect();
             let wanted: Vec<_> = sequences.iter().map(|one| oracle(&model, one)).collect();
-            for (isa, threads) in Isa::available().into_iter().flat_map(|isa| [(isa, 1), (isa, 2)])
-            {
+            let ways = [(Isa::Plain, 2), (Isa::detect(), 1), (Isa::detect(), 2)];
+            for (isa, threads) in ways {
                 let mut network = transformer(&model, isa, threads, 64);
                 let (mut batch, mut logits) = (RaggedBatch::new(), Logits::new());
                 for num_rows in 1..=64 {

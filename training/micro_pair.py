@@ -98,33 +98,42 @@ def recipe_for(seconds: float) -> Recipe:
     return Recipe(seconds, matrix_lr=0.01, vector_lr=0.02, batch_tokens=4096, stages=stages)
 
 
+def load_earlier(role: str, work: Path) -> tuple[Llama, dict]:
+    """A network that an earlier run left in the work folder, and what it cost."""
+    network = Llama(SHAPES[role])
+    network.load_state_dict(torch.load(work / f"{role}.pt", weights_only=True))
+    return network.eval().requires_grad_(False), json.loads((work / f"{role}.json").read_text())
+
+
+def keep(network: Llama, role: str, cost: dict, work: Path) -> tuple[Llama, dict]:
+    """Leaves a trained network in the work folder, ready for `load_earlier`."""
+    torch.save(network.state_dict(), work / f"{role}.pt")
+    (work / f"{role}.json").write_text(json.dumps(cost))
+    return network.eval().requires_grad_(False), cost
+
+
 def obtain_verifier(text: Text, arguments: argparse.Namespace) -> tuple[Llama, dict]:
-    """Trains the verifier, or takes the one that an earlier run left in the work folder, with its cost."""
-    weights, record = arguments.work_dir / "verifier.pt", arguments.work_dir / "verifier.json"
+    """Trains the verifier, or takes the earlier one."""
+    if arguments.reuse is not None:
+        return load_earlier("verifier", arguments.work_dir)
     verifier = Llama(SHAPES["verifier"])
-    if arguments.reuse_verifier:
-        verifier.load_state_dict(torch.load(weights, weights_only=True))
-        cost = json.loads(record.read_text())
-    else:
-        verifier.initialise(arguments.seed)
-        seconds = arguments.verifier_seconds
-        learned = train_verifier(verifier, Windows(text.train, arguments.seed), recipe_for(seconds))
-        cost = {"verifier_seconds": seconds, "verifier_tokens": learned.tokens / 1e6}
-        torch.save(verifier.state_dict(), weights)
-        record.write_text(json.dumps(cost))
-    return verifier.eval().requires_grad_(False), cost
+    verifier.initialise(arguments.seed)
+    seconds = arguments.verifier_seconds
+    learned = train_verifier(verifier, Windows(text.train, arguments.seed), recipe_for(seconds))
+    cost = {"verifier_seconds": seconds, "verifier_tokens": learned.tokens / 1e6}
+    return keep(verifier, "verifier", cost, arguments.work_dir)
 
 
-def train_pair(text: Text, arguments: argparse.Namespace) -> tuple[dict[str, Llama], dict]:
-    """Trains verifier and draft; returns both with the cost of each."""
-    verifier, cost = obtain_verifier(text, arguments)
+def obtain_draft(verifier: Llama, text: Text, arguments: argparse.Namespace) -> tuple[Llama, dict]:
+    """Distils the draft from `verifier`, or takes the earlier one."""
+    if arguments.reuse == "pair":
+        return load_earlier("draft", arguments.work_dir)
     draft = Llama(SHAPES["draft"])
     draft.initialise(arguments.seed + 1)
     seconds = arguments.draft_seconds
     taught = distill_draft(draft, verifier, Windows(text.train, arguments.seed + 1), recipe_for(seconds))
-    torch.save(draft.state_dict(), arguments.work_dir / "draft.pt")
-    cost |= {"draft_seconds": seconds, "draft_tokens": taught.tokens / 1e6}
-    return {"verifier": verifier, "draft": draft}, cost
+    cost = {"draft_seconds": seconds, "draft_tokens": taught.tokens / 1e6}
+    return keep(draft, "draft", cost, arguments.work_dir)
 
 
 def as_stored(network: Llama) -> Llama:
@@ -183,7 +192,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, required=True, help="folder for token streams and checkpoints")
     parser.add_argument("--verifier-seconds", type=float, default=560, help="training time of the verifier")
     parser.add_argument("--draft-seconds", type=float, default=320, help="sampling and training time of the draft")
-    parser.add_argument("--reuse-verifier", action="store_true", help="take the verifier left in --work-dir")
+    parser.add_argument("--reuse", choices=["verifier", "pair"], help="take what an earlier run left in --work-dir")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seed", type=int, default=1, help="seed of weights and windows")
     pair, goldens = REPOSITORY / "models" / "micro", REPOSITORY / "tests" / "fixtures"
@@ -199,10 +208,12 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     started = time.monotonic()
     text = prepare_text(arguments.work_dir)
-    networks, facts = train_pair(text, arguments)
+    verifier, facts = obtain_verifier(text, arguments)
+    draft, draft_cost = obtain_draft(verifier, text, arguments)
+    facts |= draft_cost
     minutes = (facts["verifier_seconds"] + facts["draft_seconds"]) / 60
     facts["cost"] = f"{minutes:.0f} minutes of training"
-    ship(networks, text, facts, arguments)
+    ship({"verifier": verifier, "draft": draft}, text, facts, arguments)
     print(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
 
 

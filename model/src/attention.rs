@@ -12,7 +12,7 @@ use crate::kv_pool::KvPool;
 pub const HEAD_DIM_MAX: usize = 1024;
 
 /// Multiply-adds (keys and values together) below which the caller works alone.
-const TEAM_MACS_MIN: usize = 1 << 18;
+const TEAM_MACS_MIN: usize = 1 << 20;
 
 /// Where a row stands.
 #[derive(Clone, Copy, Debug)]

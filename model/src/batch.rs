@@ -12,7 +12,7 @@ pub struct Segment {
     pub rows: Range<usize>,
     /// Absolute position of the first row in its sequence.
     pub start: usize,
-    /// Where the sequence's block table lies in [`RaggedBatch::block_ids`]. It covers positions
+    /// Where the sequence's block table lies in the batch's block ids. It covers positions
     /// `0 .. start + rows.len()` at least.
     pub blocks: Range<usize>,
     /// Rows of this segment from this offset on produce logits; `rows.len()` means none do.

@@ -9,9 +9,9 @@ use crate::kernels::{self, Isa, QUANT_BLOCK_LEN, QuantRows};
 use crate::packed::ModelError;
 use crate::weights::{Matrix, MatrixData};
 
-/// Multiply-adds below which a product runs on the caller alone: about the time it takes to hand
-/// work to a spinning worker and back, several times over.
-const TEAM_MACS_MIN: usize = 1 << 18;
+/// Multiply-adds below which a product runs on the caller alone: some 30 microseconds of work. A
+/// worker that has parked takes about as long to wake, and steps of small models are that short.
+const TEAM_MACS_MIN: usize = 1 << 21;
 
 /// Strips per tile of a product, at most; fewer when that would leave a thread without work.
 const TILE_STRIPS_MAX: usize = 16;

@@ -80,7 +80,7 @@ pub fn exp(x: f64) -> f64 {
 }
 
 #[cfg(test)]
-#[expect(clippy::disallowed_methods, reason = "the platform's functions are what ours are held against")]
+#[expect(clippy::disallowed_methods, reason = "ours are held against the platform's")]
 mod tests {
     use super::{exp, ln, neg_ln_one_minus};
 

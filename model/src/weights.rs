@@ -11,7 +11,8 @@ pub const Q8_0_BLOCK_LEN: usize = 32;
 pub enum MatrixData {
     /// 32-bit floats, `[out * in]`.
     F32(Vec<f32>),
-    /// 8-bit integers with one half-precision scale per 32 weights of a row: weight = scale * quant.
+    /// 8-bit integers with one half-precision scale per 32 weights of a row; weight = scale *
+    /// quant.
     Q8_0 {
         /// `[out * in / 32]`.
         scales: Vec<f16>,

@@ -2,7 +2,13 @@
 //! Nothing here is written by hand; units and limits stand in the protocol files' comments.
 
 /// `slipstream.v1`: completions.
-#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    reason = "generated; comments come from the protocol files"
+)]
 pub mod v1 {
     tonic::include_proto!("slipstream.v1");
 }

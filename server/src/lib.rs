@@ -12,5 +12,5 @@ mod run;
 mod shutdown;
 pub mod startup;
 
-pub use startup::StartupError;
 pub use run::{RunError, run};
+pub use startup::StartupError;

@@ -71,8 +71,15 @@ impl LocalServer {
             let _ = stopped.await; // a dropped sender means stop, too
         };
         let task = tokio::spawn(run(config, listener, shutdown));
-        let channel = connect(&format!("http://{address}")).await?;
-        Ok(Self { address, channel, stop, task })
+        match connect(&format!("http://{address}")).await {
+            Ok(channel) => Ok(Self { address, channel, stop, task }),
+            Err(unreachable) => {
+                // Most likely it has ended already, and knows better why.
+                drop(stop);
+                flatten(task.await)?;
+                Err(unreachable.into())
+            }
+        }
     }
 
     /// Where it listens.

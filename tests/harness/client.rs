@@ -1,5 +1,5 @@
-//! Owns a server on a free loopback port and a gRPC client for it, as the wire tests use them. Knows
-//! the protocol; knows nothing of the engine behind it.
+//! Owns a server on a free loopback port and a gRPC client for it, as the wire tests use them.
+//! Knows the protocol; knows nothing of the engine behind it.
 
 use std::time::Duration;
 

@@ -1,21 +1,22 @@
-//! What the tests share. Knows the public API of the crates under test and nothing of their insides.
+//! What the tests share. Knows the public API of the crates under test and nothing of their
+//! insides.
 #![allow(clippy::unwrap_used, reason = "a test that unwraps fails with the place and the value")]
 #![allow(clippy::disallowed_methods, reason = "statistics and table models never reach output")]
 
+pub mod checkers;
+pub mod client;
+pub mod collected;
+pub mod drive;
 pub mod gguf_builder;
 pub mod hash_lm;
+pub mod model_draft;
+pub mod naive_choice;
 pub mod pieces;
 pub mod proposers;
 pub mod random;
 pub mod reference;
+pub mod requests;
+pub mod sim;
 pub mod stats;
 pub mod table_lm;
 pub mod timing;
-pub mod checkers;
-pub mod collected;
-pub mod model_draft;
-pub mod requests;
-pub mod sim;
-pub mod drive;
-pub mod naive_choice;
-pub mod client;

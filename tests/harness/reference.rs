@@ -1,7 +1,7 @@
-//! Owns the oracle: one sequence, a forward of its own, one row per forward pass, no cache that
-//! outlives a token's turn and no speculation. It shares the function that chooses a token with
-//! the product and nothing else: ends, stops, limits and text are written a second time here, as plainly
-//! as possible, over whole byte strings.
+//! Owns the oracle: one sequence, a forward of its own, one row per forward pass, no batch and no
+//! speculation. It shares the function that chooses a token with the product and nothing else:
+//! ends, stops, limits and text are written a second time here, as plainly as possible, over whole
+//! byte strings.
 
 use slipstream_model::batch::{RaggedBatch, SegmentInput};
 use slipstream_model::choice::{ChoiceContext, Chooser, log_probability};

@@ -5,8 +5,9 @@ use std::time::Instant;
 
 /// Writes a line to the terminal whatever the test runner captures, for figures worth seeing.
 pub fn report(line: &str) {
-    // A closed terminal is no reason to fail a test.
-    let _ = writeln!(std::io::stderr(), "{line}");
+    // One write, so that lines of other threads cannot fall between text and line end. A closed
+    // terminal is no reason to fail a test.
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// Runs a test's body and reports how long it took beside its budget. A slow machine does not fail

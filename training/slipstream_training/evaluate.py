@@ -30,6 +30,12 @@ def bits_per_byte(model: Llama, stream: np.ndarray, byte_lengths: np.ndarray, to
     return nats / math.log(2.0) / count
 
 
+@torch.no_grad()
+def argmax_agreement(verifier: Llama, draft: Llama, windows: Tensor) -> float:
+    """Share of positions of real text `windows [B, T]` where both rank the same token first."""
+    return (verifier(windows)[0].argmax(-1) == draft(windows)[0].argmax(-1)).float().mean().item()
+
+
 def tokens_per_step(agrees: Tensor, draft_len: int) -> float:
     """Mean tokens per verifier step when `draft_len` tokens are proposed; `agrees [B, T]` per position."""
     steps = tokens = 0
@@ -84,6 +90,7 @@ def evaluate_pair(verifier: Llama, draft: Llama, stream: np.ndarray, byte_length
             "verifier": bits_per_byte(verifier, stream, byte_lengths, 200_000),
             "draft": bits_per_byte(draft, stream, byte_lengths, 200_000),
         },
+        "argmax_agreement_on_real_text": argmax_agreement(verifier, draft, Windows(stream, seed=22).draw(64, 512)),
         "acceptance": {
             f"T {temperature}": acceptance(verifier, draft, prompts, temperature, new=128)
             for temperature in (0.0, 0.8, 1.0)

@@ -249,8 +249,8 @@ impl Engine {
         }
     }
 
-    /// Ends a sequence: takes its blocks back in both pools and closes its output. Does nothing when
-    /// it has ended before.
+    /// Ends a sequence: takes its blocks back in both pools and closes its output. Does nothing
+    /// when it has ended before.
     fn finish(&mut self, id: SequenceId, reason: FinishReason) {
         let now = self.clock.now();
         let Some(sequence) = self.sequences.get_mut(&id) else { return };

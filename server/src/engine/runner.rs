@@ -136,7 +136,8 @@ impl Runner {
         let _ = reply.send(result);
     }
 
-    /// Offers unsent output to its readers. What does not fit stays with the sequence and coalesces.
+    /// Offers unsent output to its readers. What does not fit stays with the sequence and
+    /// coalesces.
     fn deliver(&mut self) {
         self.is_stalled = false;
         let mut news = std::mem::take(&mut self.news);
