@@ -240,6 +240,18 @@ fn a_drain_lets_running_requests_finish() {
     });
 }
 
+#[test]
+fn a_connection_without_a_call_does_not_hold_up_the_end() {
+    block_on(async {
+        let server = start(|_| {}).await; // its grace is 20 s
+        let silent = tokio::net::TcpStream::connect(server.address()).await.unwrap();
+        let begun = Instant::now();
+        server.stop().await.unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+        drop(silent);
+    });
+}
+
 /// Reads a stream to its end: the ids received, and the status unless it came to a good end.
 async fn read_on(
     mut events: tonic::Streaming<v1::GenerateEvent>,

@@ -18,12 +18,13 @@ use tonic_health::server::HealthReporter;
 
 use crate::config::Config;
 use crate::engine::runner::EngineThread;
+use crate::grpc::calls::Calls;
 use crate::grpc::service::{Backend, CompletionsService};
 use crate::grpc::transport;
 use crate::handle::EngineHandle;
 use crate::startup::{self, StartupError};
 
-/// How long connections may take to close once every request has its status.
+/// How long connections may take to close once every call has its status.
 const CLOSING_GRACE: Duration = Duration::from_secs(1);
 
 /// Names that health is reported under: the whole server and its one service.
@@ -68,13 +69,13 @@ pub async fn run(
 
     let loaded = tokio::select! {
         loaded = &mut loading => loaded.map_err(|_| RunError::EngineEnded)?,
-        () = &mut shutdown => return server.close(CLOSING_GRACE).await,
+        () = &mut shutdown => return server.close().await,
         ended = &mut server.task => return transport_result(ended),
     };
     let (ready, thread) = match loaded {
         Ok(loaded) => loaded,
         Err(error) => {
-            server.close(CLOSING_GRACE).await?;
+            server.close().await?;
             return Err(error.into());
         }
     };
@@ -88,7 +89,7 @@ pub async fn run(
     tokio::select! {
         () = &mut shutdown => drain(server, &engine, engine_end, grace).await,
         _ = &mut engine_end => {
-            server.close(CLOSING_GRACE).await?;
+            server.close().await?;
             Err(RunError::EngineEnded)
         }
         ended = &mut server.task => {
@@ -116,7 +117,7 @@ async fn drain(
         Err(unfinished) => {
             tracing::warn!(running = engine.num_live(), "grace is over: ending the rest");
             engine.stop();
-            unfinished.close(CLOSING_GRACE).await
+            unfinished.close().await
         }
     };
     match engine_end.await {
@@ -130,6 +131,7 @@ struct Server {
     task: JoinHandle<Result<(), tonic::transport::Error>>,
     stop: Option<oneshot::Sender<()>>,
     health: HealthReporter,
+    calls: Calls,
 }
 
 impl Server {
@@ -142,27 +144,41 @@ impl Server {
         let stopped = async move {
             let _ = stopped.await; // a dropped sender means stop, too
         };
-        let service = CompletionsService::new(backend);
+        let calls = Calls::new();
+        let service = CompletionsService::new(backend, calls.clone());
         let serving = transport::serve(listener, service, health.clone(), stopped);
-        Self { task: tokio::spawn(serving), stop: Some(stop), health }
+        Self { task: tokio::spawn(serving), stop: Some(stop), health, calls }
     }
 
-    /// Stops accepting, tells every peer, and waits for the open streams. Gives itself back when
-    /// they are not done within `grace`.
+    /// Stops accepting, tells every peer, and waits for the calls in progress. Gives itself back
+    /// when they are not done within `grace`. A peer without a call that leaves its connection open
+    /// is not waited for.
     async fn finish(mut self, grace: Duration) -> Result<Result<(), RunError>, Self> {
         self.stop_accepting().await;
-        match tokio::time::timeout(grace, &mut self.task).await {
-            Ok(ended) => Ok(transport_result(ended)),
-            Err(_) => Err(self),
+        let calls = self.calls.clone();
+        let quiet = async {
+            calls.all_ended().await;
+            tokio::time::sleep(CLOSING_GRACE).await;
+        };
+        tokio::select! {
+            ended = &mut self.task => Ok(transport_result(ended)),
+            over = tokio::time::timeout(grace, quiet) => match over {
+                Ok(()) => {
+                    self.task.abort();
+                    Ok(Ok(()))
+                }
+                Err(_) => Err(self),
+            },
         }
     }
 
-    /// As [`finish`](Self::finish), but cuts what is left after `grace`.
-    async fn close(self, grace: Duration) -> Result<(), RunError> {
-        match self.finish(grace).await {
-            Ok(result) => result,
-            Err(unfinished) => {
-                unfinished.task.abort();
+    /// Stops accepting and gives the connections a moment to close.
+    async fn close(mut self) -> Result<(), RunError> {
+        self.stop_accepting().await;
+        match tokio::time::timeout(CLOSING_GRACE, &mut self.task).await {
+            Ok(ended) => transport_result(ended),
+            Err(_) => {
+                self.task.abort();
                 Ok(())
             }
         }

@@ -45,6 +45,7 @@ impl Checker {
         self.rows_are_bounded(engine, report)?;
         self.blocks_are_accounted_for(engine)?;
         self.counters_add_up(engine)?;
+        first_come_first_served(engine)?;
         let mut num_committed = 0;
         for view in engine.sequences() {
             self.kv_is_what_it_says(&view)?;
@@ -161,4 +162,19 @@ impl Checker {
             || format!("requests are left: {counters:?}"),
         )
     }
+}
+
+/// I9: nobody starts before an older request has started. Ids ascend with arrival.
+fn first_come_first_served(engine: &Engine) -> Result<(), String> {
+    let mut waits = None;
+    for view in engine.sequences() {
+        match view.phase {
+            Phase::Waiting => waits = waits.or(Some(view.id)),
+            Phase::Running | Phase::Preempted => claim(waits.is_none(), || {
+                format!("I9: {} has started, the older {waits:?} has not", view.id)
+            })?,
+            Phase::Finished(_) => {}
+        }
+    }
+    Ok(())
 }

@@ -80,6 +80,10 @@ impl Knowledge {
         tokens[work.history.len()..].to_vec()
     }
 
+    fn breach(&self, what: &str) {
+        self.lock().breaches.push(what.to_owned());
+    }
+
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -163,6 +167,8 @@ pub struct Script {
 pub struct ScriptedProposer {
     script: Script,
     rng: Rng,
+    /// After a fault its state is unknown: the engine must reset it before asking again.
+    needs_reset: bool,
 }
 
 impl ScriptedProposer {
@@ -170,7 +176,7 @@ impl ScriptedProposer {
     #[must_use]
     pub fn new(script: Script) -> Self {
         let rng = Rng::new(script.seed);
-        Self { script, rng }
+        Self { script, rng, needs_reset: false }
     }
 
     fn random_token(&mut self) -> TokenId {
@@ -239,6 +245,9 @@ impl Proposer for ScriptedProposer {
         budget: TimeBudget<'_>,
         proposals: &mut Vec<Proposal>,
     ) -> Result<(), DraftFault> {
+        if self.needs_reset {
+            self.script.knowledge.breach("a draft was asked again after a fault, without a reset");
+        }
         let behaviour = match self.script.behaviour {
             Behaviour::Mixed => *self.rng.pick(&BEHAVIOURS),
             other => other,
@@ -248,6 +257,7 @@ impl Proposer for ScriptedProposer {
         for (index, item) in work.iter().enumerate() {
             let truth = self.script.knowledge.continuation(item);
             if panics_at == Some(index) {
+                self.needs_reset = true;
                 // Unwinds like a panic, without the message that the panic hook would print.
                 std::panic::resume_unwind(Box::new("on purpose"));
             }
@@ -269,8 +279,10 @@ impl Proposer for ScriptedProposer {
         if behaviour == Behaviour::Slow && self.rng.one_in(2) {
             let left = budget.deadline.since(budget.clock.now());
             self.script.clock.advance(Micros(3 * left.0 + 1));
+            self.needs_reset = true;
         }
         if behaviour == Behaviour::Erroring && self.rng.one_in(3) {
+            self.needs_reset = true;
             return Err(DraftFault::Panicked("on purpose".to_owned()));
         }
         Ok(())
@@ -280,5 +292,7 @@ impl Proposer for ScriptedProposer {
         self.script.knowledge.lock().ended.insert(sequence);
     }
 
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        self.needs_reset = false;
+    }
 }

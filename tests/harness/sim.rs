@@ -404,6 +404,10 @@ impl World {
             },
             1,
         );
+        let first = collected.tokens.first().map(|token| token.provenance);
+        if first.is_some_and(|provenance| provenance != Provenance::Plain) {
+            return Err(format!("{id} waited for a draft before its first token: {first:?}"));
+        }
         for token in &collected.tokens {
             let is_known_epoch = token.draft_epoch.is_none_or(|epoch| epoch.0 <= self.epoch);
             let is_even = token.draft_epoch.is_none_or(|epoch| epoch.0.is_multiple_of(2));

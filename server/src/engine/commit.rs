@@ -77,7 +77,11 @@ impl Engine {
                 break;
             }
         }
-        self.account(rows.id, proposed.len().min(num_judged), verdict.accepted_len.min(num_judged));
+        // Behind an end inside the accepted run nothing was judged; behind a disagreement
+        // everything was in vain.
+        let is_cut = reason.is_some() && num_judged <= verdict.accepted_len;
+        let proposed_len = if is_cut { num_judged } else { proposed.len() };
+        self.account(rows.id, proposed_len, verdict.accepted_len.min(num_judged));
         match (reason, verdict.outcome) {
             (Some(reason), _) => self.finish(rows.id, reason),
             (None, Err(fault)) => {
@@ -123,8 +127,7 @@ impl Engine {
         self.blocks.shrink(&mut sequence.blocks, keep_len);
     }
 
-    /// Counts what the proposal of one sequence brought. Tokens behind the end of the sequence were
-    /// never judged and do not count.
+    /// Counts what the proposal of one sequence brought.
     fn account(&mut self, id: SequenceId, proposed_len: usize, accepted_len: usize) {
         let sequence = self.sequences.get_mut(&id).expect("plans name known sequences");
         let usage = &mut sequence.speculation;

@@ -121,9 +121,9 @@ pub struct Timings {
 pub struct SpeculationUsage {
     /// Steps that committed at least one token for it.
     pub num_steps: usize,
-    /// Tokens proposed.
+    /// Tokens proposed and verified. Those behind an end inside an accepted run do not count.
     pub num_proposed: usize,
-    /// Proposals verified, by position: how often a token was proposed at depth i.
+    /// The same by position: how often a token was proposed at depth i.
     pub proposed_by_position: Vec<usize>,
     /// Proposed tokens accepted, by position. Acceptance at i means acceptance at all before it.
     pub accepted_by_position: Vec<usize>,

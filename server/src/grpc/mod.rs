@@ -2,6 +2,7 @@
 //! error becomes exactly one status. Knows the engine by its handle and its closed event and
 //! request types only. Read `service.rs` first, then `validate.rs`.
 
+pub(crate) mod calls;
 pub(crate) mod events;
 pub(crate) mod limits;
 pub(crate) mod refusal;

@@ -17,6 +17,7 @@ use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
 use crate::engine::event::Event;
+use crate::grpc::calls::{CallGuard, Calls};
 use crate::grpc::events;
 use crate::grpc::served::ServedModel;
 use crate::grpc::status::CallError;
@@ -40,13 +41,14 @@ pub(crate) struct Backend {
 /// The `Completions` service. Refuses everything until its backend is there.
 pub(crate) struct CompletionsService {
     backend: Arc<OnceLock<Backend>>,
+    calls: Calls,
     validating: Arc<Semaphore>,
 }
 
 impl CompletionsService {
-    /// A service for a backend that may still be loading.
-    pub(crate) fn new(backend: Arc<OnceLock<Backend>>) -> Self {
-        Self { backend, validating: Arc::new(Semaphore::new(VALIDATING_MAX)) }
+    /// A service for a backend that may still be loading, whose calls are counted in `calls`.
+    pub(crate) fn new(backend: Arc<OnceLock<Backend>>, calls: Calls) -> Self {
+        Self { backend, calls, validating: Arc::new(Semaphore::new(VALIDATING_MAX)) }
     }
 
     /// Takes a call as far as the engine's queue.
@@ -56,6 +58,7 @@ impl CompletionsService {
     ) -> Result<(v1::Started, Completion), CallError> {
         let backend = self.backend.get().ok_or(CallError::Loading)?;
         let arrival = backend.clock.now();
+        let guard = self.calls.begin();
         let deadline = time_allowed(call.metadata())?.map(|span| arrival.plus(span));
         let permit = Arc::clone(&self.validating)
             .try_acquire_owned()
@@ -82,7 +85,7 @@ impl CompletionsService {
         };
         let stream = backend.engine.submit(request).await?;
         tracing::debug!(request_id, sequence = %stream.id(), "request taken");
-        Ok((started, Completion { stream, request_id, stop_strings, token_bytes }))
+        Ok((started, Completion { stream, request_id, stop_strings, token_bytes, _guard: guard }))
     }
 }
 
@@ -104,6 +107,7 @@ struct Completion {
     stop_strings: Vec<String>,
     /// For clients that want the bytes of every token.
     token_bytes: Option<Arc<TokenBytes>>,
+    _guard: CallGuard,
 }
 
 impl Completion {
