@@ -280,10 +280,10 @@ fn nan_stays_in_its_row_and_what_follows_it() {
             batch.push(segment(&sick, 0, &blocks(0..2)));
             batch.push(segment(&healthy, 0, &blocks(2..4)));
             network.forward(&batch, &mut logits).unwrap();
-            for position in 0..20 {
-                assert!(bits(logits.row(20 + position)) == wanted[position], "a neighbour suffers");
+            for (position, wanted) in wanted.iter().enumerate() {
+                assert!(bits(logits.row(20 + position)) == *wanted, "a neighbour suffers");
                 if position < 5 {
-                    assert!(bits(logits.row(position)) == wanted[position], "the past changes");
+                    assert!(bits(logits.row(position)) == *wanted, "the past changes");
                 } else {
                     assert!(logits.row(position).iter().all(|x| x.is_nan()), "NaN is lost");
                 }

@@ -10,7 +10,7 @@ use super::event::{FinishReason, SpeculationUsage};
 use super::output::Output;
 use super::request::Request;
 
-/// Where a sequence stands. Changes only in [`Sequence::advance`].
+/// Where a sequence stands. Changes in one function only, which knows every allowed way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// Never computed yet.
