@@ -45,7 +45,9 @@ fn embedded(bytes: &'static [u8]) -> LoadedModel {
 
 fn transformer(packed: &Arc<PackedLlama>, isa: Isa, threads: usize) -> Transformer {
     let options = TransformerOptions { num_blocks: 256, threads, isa };
-    Transformer::new(Arc::clone(packed), options).unwrap()
+    let mut transformer = Transformer::new(Arc::clone(packed), options).unwrap();
+    transformer.share_products_from(0); // the smallest ones too, where there is a team
+    transformer
 }
 
 /// Every prompt with every way of choosing, stops on some.

@@ -13,6 +13,9 @@ use crate::fault::DraftFault;
 use crate::kv_cache::KvCache;
 use crate::proposer::{ProposeWork, Proposer, TimeBudget};
 
+/// Known tokens that one forward pass catches up at most: between passes the time is looked at.
+const CATCH_UP_CHUNK: usize = 64;
+
 /// Settings of a [`ModelProposer`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ModelProposerOptions {
@@ -22,11 +25,14 @@ pub struct ModelProposerOptions {
     /// Multiplies the draft's log-probabilities before noise is added (`beta` of the design, 0.5
     /// to 4). Cannot change any output.
     pub sharpening: f64,
+    /// Ids below this exist for the verifier. A draft whose vocabulary has more padding proposes
+    /// none of it.
+    pub target_vocab_size: usize,
 }
 
 impl Default for ModelProposerOptions {
     fn default() -> Self {
-        Self { catch_up_rows_max: 512, sharpening: 1.0 }
+        Self { catch_up_rows_max: 512, sharpening: 1.0, target_vocab_size: usize::MAX }
     }
 }
 
@@ -41,9 +47,14 @@ struct Run<'a> {
     computed_len: usize,
     /// Rows it has in the batch being built.
     num_rows: usize,
-    /// Whether the batch gives it logits.
-    has_logits: bool,
     done: bool,
+}
+
+impl Run<'_> {
+    /// Tokens to compute before the next one can be chosen.
+    fn pending_len(&self) -> usize {
+        self.tokens.len() - self.computed_len
+    }
 }
 
 /// Proposes with a model of its own.
@@ -93,6 +104,11 @@ impl ModelProposer {
                 continue;
             }
             let computed_len = self.cache.sync(item.sequence, item.history);
+            // What is computed was known; the verifier may have padding ids that the draft lacks.
+            let is_known = |token: &TokenId| token.index() < limits.vocab_size;
+            if !item.history[computed_len..].iter().all(is_known) {
+                continue;
+            }
             // The last proposed token is never computed, so it needs no position.
             let len_max = (item.history.len() + item.draft_len).min(limits.context_len + 1);
             let fits = len_max > item.history.len();
@@ -103,7 +119,6 @@ impl ModelProposer {
                     len_max,
                     computed_len,
                     num_rows: 0,
-                    has_logits: false,
                     done: false,
                 });
             }
@@ -111,28 +126,33 @@ impl ModelProposer {
         runs
     }
 
-    /// Rows of one forward pass: whatever each sequence has not computed, within `rows_max` in all.
-    fn fill_batch(&mut self, runs: &mut [Run<'_>], rows_max: usize) {
+    /// Rows of one forward pass: the last token of every sequence that has caught up, and up to
+    /// `rows_max` known tokens of the others in order. Returns how many of those it took.
+    fn fill_batch(&mut self, runs: &mut [Run<'_>], rows_max: usize) -> usize {
         self.batch.clear();
-        let mut rows_left = rows_max;
+        let mut num_caught_up = 0;
         for run in runs.iter_mut().filter(|run| !run.done) {
-            let pending = run.tokens.len() - run.computed_len;
-            run.num_rows = pending.min(rows_left);
-            run.has_logits = run.num_rows == pending;
-            rows_left -= run.num_rows;
+            let pending_len = run.pending_len();
+            run.num_rows = pending_len.min(rows_max - num_caught_up);
+            if pending_len == 1 {
+                run.num_rows = 1;
+            } else {
+                num_caught_up += run.num_rows;
+            }
             if run.num_rows == 0 {
-                run.has_logits = false;
                 continue;
             }
             let rows = &run.tokens[run.computed_len..run.computed_len + run.num_rows];
+            let reaches_end = run.num_rows == pending_len;
             self.batch.push(SegmentInput {
                 tokens: rows,
                 start: run.computed_len,
                 block_table: self.cache.block_table(run.work.sequence),
-                logits_from: if run.has_logits { run.num_rows - 1 } else { run.num_rows },
+                logits_from: if reaches_end { run.num_rows - 1 } else { run.num_rows },
                 owner: run.work.sequence.0,
             });
         }
+        num_caught_up
     }
 
     /// Records the computed rows and chooses the next token of every sequence that has logits.
@@ -142,9 +162,8 @@ impl ModelProposer {
             let rows = &run.tokens[run.computed_len..run.computed_len + run.num_rows];
             self.cache.advance(run.work.sequence, rows);
             run.computed_len += run.num_rows;
-            if !run.has_logits {
-                run.done = true; // still catching up; goes on in the next step
-                continue;
+            if run.pending_len() > 0 {
+                continue; // still catching up
             }
             let context = ChoiceContext {
                 params: run.work.params,
@@ -152,7 +171,9 @@ impl ModelProposer {
                 prompt_len: run.work.prompt_len,
                 sharpening: self.options.sharpening,
             };
-            let token = self.chooser.choose(self.logits.row(logits_row), &context)?;
+            let row = self.logits.row(logits_row);
+            let row = &row[..row.len().min(self.options.target_vocab_size)];
+            let token = self.chooser.choose(row, &context)?;
             logits_row += 1;
             run.tokens.push(token);
             // Nothing follows an end token.
@@ -174,19 +195,15 @@ impl Proposer for ModelProposer {
         proposals: &mut Vec<Proposal>,
     ) -> Result<(), DraftFault> {
         let mut runs = self.begin(work);
-        let mut rows_max = self.options.catch_up_rows_max;
+        let mut catch_up_left = self.options.catch_up_rows_max;
         while !budget.is_spent() {
-            self.fill_batch(&mut runs, rows_max);
+            let rows_max = catch_up_left.min(CATCH_UP_CHUNK);
+            catch_up_left -= self.fill_batch(&mut runs, rows_max);
             if self.batch.is_empty() {
-                break;
+                break; // all done, or what is left has to wait for the next step
             }
             self.forward.forward(&self.batch, &mut self.logits)?;
             self.extend(&mut runs)?;
-            // A sequence left out for lack of rows waits for the next step.
-            for run in runs.iter_mut().filter(|run| run.num_rows == 0) {
-                run.done = true;
-            }
-            rows_max = usize::MAX; // from here on every sequence has one row
         }
         for run in runs {
             let proposed = &run.tokens[run.work.history.len()..];

@@ -113,7 +113,8 @@ impl Chooser {
     /// Repetition penalty over prompt and output, then frequency and presence over the output.
     fn penalise(&mut self, context: &ChoiceContext<'_>) {
         let (prompt, output) = context.history.split_at(context.prompt_len);
-        self.output_counts.resize(self.processed.len(), 0);
+        let max_id = context.history.iter().map(|token| token.index()).max().unwrap_or(0);
+        self.output_counts.resize(self.processed.len().max(max_id + 1), 0);
         for token in output {
             self.output_counts[token.index()] += 1;
         }
@@ -132,7 +133,8 @@ impl Chooser {
             if count == 0 {
                 continue; // already penalised
             }
-            let logit = &mut self.processed[token.index()];
+            // A draft's row may be shorter than the verifier's vocabulary.
+            let Some(logit) = self.processed.get_mut(token.index()) else { continue };
             if *logit > 0.0 {
                 *logit /= params.repetition_penalty;
             } else {

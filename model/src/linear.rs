@@ -161,6 +161,8 @@ pub struct Compute {
     pub team: Team,
     /// Output of a product, `[strips, rows]`: tiles are contiguous in it.
     strips: Vec<StripOutput>,
+    /// Multiply-adds from which a product is shared.
+    team_macs_min: usize,
 }
 
 impl Compute {
@@ -169,7 +171,14 @@ impl Compute {
     /// # Errors
     /// When the system refuses a thread.
     pub fn new(isa: Isa, threads: usize) -> std::io::Result<Self> {
-        Ok(Self { isa, team: Team::new(threads)?, strips: Vec::new() })
+        let team = Team::new(threads)?;
+        Ok(Self { isa, team, strips: Vec::new(), team_macs_min: TEAM_MACS_MIN })
+    }
+
+    /// Shares products from `macs` multiply-adds on with the team. For tests and measurements: it
+    /// cannot change a bit.
+    pub fn share_products_from(&mut self, macs: usize) {
+        self.team_macs_min = macs;
     }
 
     /// Runs `kernel` on ranges of strips and the parts of the output that belong to them.
@@ -185,7 +194,7 @@ impl Compute {
         self.strips.resize(num_strips * num_rows, [0.0; STRIP_LEN]);
         let macs = macs_per_output.saturating_mul(num_strips * STRIP_LEN);
         let num_threads = self.team.num_threads();
-        if macs < TEAM_MACS_MIN || num_threads == 1 {
+        if macs < self.team_macs_min || num_threads == 1 {
             kernel(0..num_strips, &mut self.strips);
             return;
         }

@@ -69,6 +69,11 @@ impl Transformer {
         Ok(Self { model, pool, compute, scratch: Scratch::default() })
     }
 
+    /// See [`Compute::share_products_from`].
+    pub fn share_products_from(&mut self, macs: usize) {
+        self.compute.share_products_from(macs);
+    }
+
     /// The weights it runs on.
     #[must_use]
     pub fn model(&self) -> &Arc<PackedLlama> {

@@ -141,14 +141,16 @@ pub fn assemble(config: &Config, clock: Arc<dyn Clock>) -> Result<Assembly, Star
         check_vocabulary(draft, &verifier)?;
     }
     let num_blocks = kv_blocks(models.kv, &verifier.config, config.engine.max_running)?;
-    let capacity = num_blocks * BLOCK_LEN;
     log_sizes(&verifier, draft.as_ref(), num_blocks);
+    let options = ModelProposerOptions {
+        target_vocab_size: verifier.config.vocab_size,
+        ..ModelProposerOptions::default()
+    };
     let proposer = match draft {
-        Some(draft) => Some(proposer(draft, num_blocks, models.threads)?),
+        Some(draft) => Some(proposer(draft, num_blocks, models.threads, options)?),
         None => None,
     };
     let (served, transformer) = served(config, verifier, num_blocks)?;
-    let served = ServedModel { context_len: served.context_len.min(capacity), ..served };
     let engine = Engine::new(EngineParts {
         config: config.engine,
         verifier: Box::new(transformer),
@@ -171,7 +173,8 @@ fn served(
         fingerprint: format!("n{NUMERICS_VERSION}-{digest}"),
         tokenizer,
         vocab_size: facts.vocab_size,
-        context_len: facts.context_len,
+        context_len: facts.context_len.min(num_blocks * BLOCK_LEN),
+        model_context_len: facts.context_len,
         eos_ids: facts.eos_ids.clone(),
         draft_len_max: config.engine.draft_len_max,
     };
@@ -184,10 +187,10 @@ fn proposer(
     model: LoadedModel,
     num_blocks: usize,
     threads: usize,
+    options: ModelProposerOptions,
 ) -> Result<Box<dyn Proposer>, StartupError> {
     let transformer = transformer(model.config, model.weights, num_blocks, threads)
         .map_err(|source| StartupError::Model { role: DRAFT, source })?;
-    let options = ModelProposerOptions::default();
     Ok(Box::new(ModelProposer::new(Box::new(transformer), FIRST_EPOCH, options)))
 }
 
@@ -287,7 +290,7 @@ fn kv_blocks(
         KvSize::Bytes(bytes) => bytes / block_bytes,
         KvSize::Auto => {
             let wanted = full_context.saturating_mul(max_running as u64);
-            wanted.min((KV_BYTES_DEFAULT_MAX / block_bytes).max(full_context))
+            wanted.min((KV_BYTES_DEFAULT_MAX / block_bytes).max(1))
         }
     };
     let limit = u64::from(u32::MAX);

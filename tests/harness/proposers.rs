@@ -278,8 +278,8 @@ impl Proposer for ScriptedProposer {
         }
         if behaviour == Behaviour::Slow && self.rng.one_in(2) {
             let left = budget.deadline.since(budget.clock.now());
+            // A fault, but not one that spoils its KV: no reset follows.
             self.script.clock.advance(Micros(3 * left.0 + 1));
-            self.needs_reset = true;
         }
         if behaviour == Behaviour::Erroring && self.rng.one_in(3) {
             self.needs_reset = true;

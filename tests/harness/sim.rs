@@ -309,6 +309,7 @@ impl World {
                 let options = ModelProposerOptions {
                     catch_up_rows_max: *self.rng.pick(&[1, 7, 512]),
                     sharpening: *self.rng.pick(&[1.0, 1.5]),
+                    ..ModelProposerOptions::default()
                 };
                 let (proposer, watch) = model_draft(config, epoch, options);
                 self.draft = Some(watch);

@@ -122,6 +122,8 @@ impl Team {
         // SAFETY: `&mut self` and the word (closed, nobody inside) keep everyone else away.
         unsafe { *self.shared.job.get() = Some(job) };
         self.shared.next_tile.0.store(0, Ordering::Relaxed);
+        // When caller and worker had both panicked, the worker's panic is still here.
+        *self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let number = self.shared.word.0.load(Ordering::Relaxed) / JOB_NUMBER + 1;
         // Sequentially consistent with the flags: either a worker that is about to park sees the
         // job, or we see its flag.

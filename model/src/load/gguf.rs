@@ -329,18 +329,17 @@ impl<'a> Metadata<'a> {
     }
 
     fn rope_scaling(self, has_divisors: bool) -> Result<RopeScaling, LoadError> {
-        let kind = self.text("llama.rope.scaling.type")?.unwrap_or("none");
-        let factor_key = match self.get("llama.rope.scale_linear") {
-            Some(_) => "llama.rope.scale_linear",
-            None => "llama.rope.scaling.factor",
-        };
-        // A legacy factor without a type means linear scaling.
-        let is_legacy = factor_key == "llama.rope.scale_linear" && kind == "none";
-        let scaling = match kind {
-            "linear" => RopeScaling::Linear { factor: self.number(factor_key, None)? },
-            "none" if is_legacy => RopeScaling::Linear { factor: self.number(factor_key, None)? },
-            "none" => RopeScaling::None,
-            other => {
+        // The format's readers take a factor without a type for linear scaling, and know an older
+        // key for it.
+        let named = self.text("llama.rope.scaling.type")?;
+        let keys = ["llama.rope.scaling.factor", "llama.rope.scale_linear"];
+        let factor_key = keys.into_iter().find(|key| self.get(key).is_some());
+        let scaling = match (named, factor_key) {
+            (Some("none"), _) | (None, None) => RopeScaling::None,
+            (None | Some("linear"), factor_key) => {
+                RopeScaling::Linear { factor: self.number(factor_key.unwrap_or(keys[0]), None)? }
+            }
+            (Some(other), _) => {
                 let what =
                     format!("{} = \"{}\"", key_name("llama.rope.scaling.type"), shown(other));
                 return Err(LoadError::unsupported(what, "none and linear are"));

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::gguf::Metadata;
 use super::gguf_header::key_name;
-use super::limits::{MAX_TOKEN_BYTES, MAX_VOCAB};
+use super::limits::{MAX_GGUF_ARRAY_ELEMENTS, MAX_TOKEN_BYTES, MAX_VOCAB};
 use super::tokenizer_json;
 use crate::error::{LoadError, shown};
 use crate::ids::TokenId;
@@ -271,7 +271,7 @@ fn sentence_piece_parts(
     let Some(unknown) = vocab.kinds.iter().position(|kind| *kind == TokenKind::Unknown) else {
         return Err(LoadError::missing("GGUF tokenizer: a token of kind unknown"));
     };
-    let merges = merges_by_score(&scores(metadata, vocab.tokens.len())?, vocab);
+    let merges = merges_by_score(&scores(metadata, vocab.tokens.len())?, vocab)?;
     let mut normalizers = Vec::new();
     if metadata.flag("tokenizer.ggml.add_space_prefix", true)? {
         normalizers.push(json!({"type": "Prepend", "prepend": SPACE_MARK}));
@@ -306,8 +306,12 @@ fn scores(metadata: Metadata<'_>, num_tokens: usize) -> Result<Vec<f32>, LoadErr
 
 /// Merges that do what scores do: every way to make a piece of two others, best piece first. Ways
 /// to make the same piece follow the ids of their sides, as the published conversion of Llama's
-/// tokenizer to BPE has it.
-fn merges_by_score<'a>(scores: &[f32], vocab: &Vocabulary<'a>) -> Vec<(&'a str, &'a str)> {
+/// tokenizer to BPE has it. Their number is bounded: pieces made of one letter have as many ways as
+/// letters each.
+fn merges_by_score<'a>(
+    scores: &[f32],
+    vocab: &Vocabulary<'a>,
+) -> Result<Vec<(&'a str, &'a str)>, LoadError> {
     let mut merges = Vec::new();
     for ((token, kind), score) in vocab.tokens.iter().zip(&vocab.kinds).zip(scores) {
         if *kind != TokenKind::Normal {
@@ -318,10 +322,14 @@ fn merges_by_score<'a>(scores: &[f32], vocab: &Vocabulary<'a>) -> Vec<(&'a str, 
             if let (Some(l), Some(r)) = (vocab.id_of.get(left), vocab.id_of.get(right)) {
                 merges.push((*score, *l, *r, left, right));
             }
+            if merges.len() as u64 > MAX_GGUF_ARRAY_ELEMENTS {
+                let reason = format!("it implies more than {MAX_GGUF_ARRAY_ELEMENTS} merges");
+                return Err(LoadError::malformed(key_name(SCORES_KEY), reason));
+            }
         }
     }
     merges.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
-    merges.into_iter().map(|(_, _, _, left, right)| (left, right)).collect()
+    Ok(merges.into_iter().map(|(_, _, _, left, right)| (left, right)).collect())
 }
 
 /// The template that adds the begin- and end-of-sequence tokens which the file asks for.

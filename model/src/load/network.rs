@@ -225,8 +225,8 @@ fn check_tensors(
     Ok(total)
 }
 
-/// Estimates the peak: the file, all weights in memory, and the copies of the largest tensor that
-/// its conversion makes.
+/// Estimates the peak: the file, all weights in memory, the copies of the largest tensor that its
+/// conversion makes, and the rotary tables, which a few bytes of configuration can make large.
 fn check_memory(
     file: &TensorFile<'_>,
     config: &LlamaConfig,
@@ -250,7 +250,8 @@ fn check_memory(
         };
         largest = largest.max(2 * file.stored_bytes(&name) + elements * 4);
     }
-    let needed_bytes = file_bytes + weights + largest;
+    let rotary_tables = config.context_len as u64 * config.head_dim as u64 * 4;
+    let needed_bytes = file_bytes + weights + largest + rotary_tables;
     if needed_bytes > options.memory_budget_bytes {
         return Err(LoadError::OverBudget {
             what: "the model".to_owned(),

@@ -74,11 +74,13 @@ impl Draft {
             Err(fault) => {
                 tracing::warn!(%fault, %epoch, "the draft failed; this step decodes plainly");
                 outcome.is_fault = true;
-                // Its KV may be half written: let it start afresh.
-                let _ = guard(|| {
-                    proposer.reset();
-                    Ok(())
-                });
+                if !matches!(fault, DraftFault::OverBudget { .. }) {
+                    // Its KV may be half written: let it start afresh.
+                    let _ = guard(|| {
+                        proposer.reset();
+                        Ok(())
+                    });
+                }
             }
         }
         if outcome.is_fault || outcome.num_dropped > 0 {

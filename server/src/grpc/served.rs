@@ -17,6 +17,9 @@ pub(crate) struct ServedModel {
     /// Positions that prompt and output of one request may have together: the model's context, or
     /// the KV pool if that is smaller.
     pub(crate) context_len: usize,
+    /// Positions of the model's context, whatever the KV pool holds: defaults follow it, so that
+    /// the size of the pool cannot change an output.
+    pub(crate) model_context_len: usize,
     /// Tokens that end a completion unless the client ignores them.
     pub(crate) eos_ids: Vec<TokenId>,
     /// Longest draft length a client may ask for.

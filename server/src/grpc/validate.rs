@@ -60,7 +60,7 @@ pub(crate) fn validate(
     let wanted_max_tokens = wire.max_tokens.map(max_tokens).transpose()?;
     let output_prefix = token_ids("output_prefix", &wire.output_prefix, model)?;
     let prompt = prompt(wire.prompt, model)?;
-    let max_tokens = fit_context(prompt.len(), wanted_max_tokens, model.context_len)?;
+    let max_tokens = fit_context(prompt.len(), wanted_max_tokens, model)?;
     check_lengths(max_tokens, output_prefix.len(), params.min_tokens)?;
     let request = Request {
         prompt,
@@ -320,12 +320,14 @@ fn tokenise(text: &str, model: &ServedModel) -> Result<Vec<TokenId>, Refusal> {
     Ok(ids)
 }
 
-/// `max_tokens` as asked or by default, such that prompt and output fit the context.
+/// `max_tokens` as asked or by default, such that prompt and output fit the context and the KV pool.
+/// The default follows the model's context alone: a small pool refuses, it does not shorten.
 fn fit_context(
     prompt_len: usize,
     wanted: Option<usize>,
-    context_len: usize,
+    model: &ServedModel,
 ) -> Result<usize, Refusal> {
+    let context_len = model.context_len;
     let room = context_len.saturating_sub(prompt_len);
     if room == 0 {
         let problem = format!(
@@ -334,7 +336,8 @@ fn fit_context(
         );
         return Err(Refusal::range("prompt", problem));
     }
-    let max_tokens = wanted.unwrap_or(limits::MAX_TOKENS_DEFAULT.min(room));
+    let model_room = model.model_context_len - prompt_len;
+    let max_tokens = wanted.unwrap_or(limits::MAX_TOKENS_DEFAULT.min(model_room));
     if max_tokens > room {
         let problem = format!(
             "{max_tokens} tokens after a prompt of {prompt_len} do not fit the context of \
