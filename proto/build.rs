@@ -13,7 +13,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out_dir = PathBuf::from(std::env::var("OUT_DIR")?);
     let mut compiler = protox::Compiler::new(["."])?;
     compiler.include_source_info(true).include_imports(true).open_files(PROTOS)?;
-    // The encoded set is what server reflection hands out.
+    // The encoded set is for server reflection, which is not served yet.
     std::fs::write(out_dir.join("slipstream.bin"), compiler.encode_file_descriptor_set())?;
     tonic_prost_build::configure().compile_fds(compiler.file_descriptor_set())?;
     Ok(())

@@ -12,6 +12,7 @@ use slipstream_model::token_bytes::TokenBytes;
 use slipstream_proto::v1;
 use slipstream_proto::v1::completions_server::Completions;
 use slipstream_proto::v1::generate_event;
+use slipstream_proto::v1::generate_request::Prompt;
 use tokio::sync::Semaphore;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
@@ -28,6 +29,10 @@ use crate::handle::{EngineHandle, RequestStream};
 /// Requests that may be in validation at once. It bounds the memory that waiting prompts hold.
 const VALIDATING_MAX: usize = 64;
 
+/// Prompt text above this many bytes is tokenised one request at a time: a handful of clients with
+/// huge prompts must not take all cores and memory from those with small ones.
+const LARGE_PROMPT_BYTES: usize = 64 * 1024;
+
 /// What answers requests once the models are loaded.
 pub(crate) struct Backend {
     /// What requests are checked against.
@@ -43,12 +48,15 @@ pub(crate) struct CompletionsService {
     backend: Arc<OnceLock<Backend>>,
     calls: Calls,
     validating: Arc<Semaphore>,
+    /// One permit: see [`LARGE_PROMPT_BYTES`].
+    large_prompt: Arc<Semaphore>,
 }
 
 impl CompletionsService {
     /// A service for a backend that may still be loading, whose calls are counted in `calls`.
     pub(crate) fn new(backend: Arc<OnceLock<Backend>>, calls: Calls) -> Self {
-        Self { backend, calls, validating: Arc::new(Semaphore::new(VALIDATING_MAX)) }
+        let validating = Arc::new(Semaphore::new(VALIDATING_MAX));
+        Self { backend, calls, validating, large_prompt: Arc::new(Semaphore::new(1)) }
     }
 
     /// Takes a call as far as the engine's queue.
@@ -67,8 +75,12 @@ impl CompletionsService {
         let admission = Admission { arrival, deadline, drawn_seed, drawn_id };
         let model = Arc::clone(&backend.model);
         let token_bytes = call.get_ref().token_bytes.then(|| model.tokenizer.token_bytes());
+        let turn = match is_large(call.get_ref()) {
+            true => Arc::clone(&self.large_prompt).acquire_owned().await.ok(),
+            false => None,
+        };
         let validation = tokio::task::spawn_blocking(move || {
-            let _permit = permit; // held even when the client is gone before its turn comes
+            let _held = (permit, turn); // even when the client is gone before its turn comes
             validate(call.into_inner(), &model, admission)
         });
         let Validated { request, request_id, stop_strings } =
@@ -87,6 +99,10 @@ impl CompletionsService {
         tracing::debug!(request_id, sequence = %stream.id(), "request taken");
         Ok((started, Completion { stream, request_id, stop_strings, token_bytes, _guard: guard }))
     }
+}
+
+fn is_large(request: &v1::GenerateRequest) -> bool {
+    matches!(&request.prompt, Some(Prompt::Text(text)) if text.len() > LARGE_PROMPT_BYTES)
 }
 
 /// A seed and a request id from the operating system.
