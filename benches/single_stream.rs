@@ -183,6 +183,8 @@ fn write_table(
         "setting", "tokens/s", "(min-max)", "x plain", "TTFT ms", "acceptance", "tokens/step"
     )?;
     for (setting, measured) in table {
+        let proposes = measured.num_proposed > 0;
+        ensure!(proposes == (*setting != Speculation::Off), "{setting:?}: the draft fell silent");
         let label = match setting {
             Speculation::Off => "plain".to_owned(),
             Speculation::Fixed(draft_len) => format!("draft_len {draft_len}"),

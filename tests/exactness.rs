@@ -11,9 +11,9 @@ use slipstream_model::clock::Micros;
 use slipstream_model::forward::ForwardLimits;
 use slipstream_model::ids::TokenId;
 use slipstream_model::sampling::SamplingParams;
-use slipstream_server::engine::EngineConfig;
 use slipstream_server::engine::event::{FinishReason, SequenceFault};
 use slipstream_server::engine::request::{Request, Speculation};
+use slipstream_server::engine::{Counters, EngineConfig};
 use slipstream_tests::collected::is_natural;
 use slipstream_tests::drive::{
     Case, DraftKind, Outcome, assert_expected, draft, drive, drive_with, hash_engine,
@@ -31,6 +31,9 @@ const VOCAB_SIZE: usize = 32;
 const DRAFT_LEN_MAX: usize = 8;
 /// Rows of one step: from one token at a time to whole prompts at once.
 const STEP_TOKENS_MAX: [usize; 6] = [1, 2, 5, 9, 24, 256];
+
+/// From here on a step has rows to spare for the proposals of some sequence.
+const ROOMY: usize = 24;
 
 /// Enough of everything for eight sequences at once.
 fn lm(language: u64) -> HashLmConfig {
@@ -119,14 +122,32 @@ fn assert_counters(outcome: &Outcome, kind: DraftKind, draft_len: usize, context
     }
 }
 
+/// Figures of many runs.
+#[derive(Clone, Copy, Debug, Default)]
+struct Totals {
+    tokens: u64,
+    accepted: u64,
+    rejected: u64,
+}
+
+impl Totals {
+    fn add(self, other: Self) -> Self {
+        Self {
+            tokens: self.tokens + other.tokens,
+            accepted: self.accepted + other.accepted,
+            rejected: self.rejected + other.rejected,
+        }
+    }
+}
+
 /// Runs one way to choose against everything it is crossed with.
-fn cross(way: usize, name: &str, params: &SamplingParams) -> u64 {
+fn cross(way: usize, name: &str, params: &SamplingParams) -> Totals {
     let pieces = pieces(VOCAB_SIZE);
     let all_cases = cases(way, name, params);
     let mut kinds: Vec<DraftKind> = BEHAVIOURS.map(DraftKind::Scripted).to_vec();
     kinds.push(DraftKind::Scripted(Behaviour::Mixed));
     kinds.extend([0.0, 0.3, 1.5].map(DraftKind::Model));
-    let mut num_tokens = 0;
+    let mut totals = Totals::default();
     for draft_len in 0..=DRAFT_LEN_MAX {
         for batch in [1, 3, 8] {
             let mut cases = all_cases[..batch].to_vec();
@@ -134,6 +155,9 @@ fn cross(way: usize, name: &str, params: &SamplingParams) -> u64 {
                 case.request.speculation = Speculation::Fixed(draft_len);
             }
             let requests: Vec<Request> = cases.iter().map(|case| case.request.clone()).collect();
+            // Not over before a proposal can be of use.
+            let is_long = cases.iter().any(|case| case.expected.chosen.len() > 2);
+            assert!(is_long || batch == 1, "{name}: every output is short");
             for step_tokens_max in STEP_TOKENS_MAX {
                 for &kind in &kinds {
                     let context = format!(
@@ -145,12 +169,22 @@ fn cross(way: usize, name: &str, params: &SamplingParams) -> u64 {
                     let outcome = drive(&mut engine, &requests, step_tokens_max % 3);
                     assert_expected(&outcome, &cases, &pieces, &context);
                     assert_counters(&outcome, kind, draft_len, &context);
-                    num_tokens += outcome.counters.committed;
+                    let Counters { committed, proposed, accepted, .. } = outcome.counters;
+                    // Steps with room for proposals must have had some, once nobody's first token
+                    // is due any more: those steps propose nothing.
+                    let outlives = |case: &Case| case.expected.chosen.len() > 2 + 4 * batch;
+                    let is_long = cases.iter().any(outlives);
+                    let must_use_it = draft_len > 0 && step_tokens_max >= ROOMY && is_long;
+                    if must_use_it && kind == DraftKind::Scripted(Behaviour::Perfect) {
+                        assert!(accepted > 0, "{context}: nothing was accepted");
+                    }
+                    let rejected = proposed - accepted;
+                    totals = totals.add(Totals { tokens: committed, accepted, rejected });
                 }
             }
         }
     }
-    num_tokens
+    totals
 }
 
 #[test]
@@ -160,14 +194,16 @@ fn the_full_product_equals_the_oracle() {
         // long all tests take.
         let ways = ways();
         let halves = [0, 1].map(|half| (half..ways.len()).step_by(2).collect::<Vec<_>>());
-        let num_tokens: u64 = std::thread::scope(|scope| {
+        let totals = std::thread::scope(|scope| {
             let run = |way: &usize| cross(*way, ways[*way].0, &ways[*way].1);
-            let threads = halves
-                .each_ref()
-                .map(|half| scope.spawn(move || half.iter().map(run).sum::<u64>()));
-            threads.into_iter().map(|thread| thread.join().expect("a half failed")).sum()
+            let threads = halves.each_ref().map(|half| {
+                scope.spawn(move || half.iter().map(run).fold(Totals::default(), Totals::add))
+            });
+            let halves = threads.into_iter().map(|thread| thread.join().expect("a half failed"));
+            halves.fold(Totals::default(), Totals::add)
         });
-        report(&format!("  exactness: {num_tokens} tokens equal to the oracle's"));
+        report(&format!("  exactness: equal to the oracle's: {totals:?}"));
+        assert!(totals.accepted > 0 && totals.rejected > 0, "{totals:?}");
     });
 }
 

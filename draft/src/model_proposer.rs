@@ -5,6 +5,7 @@
 
 use slipstream_model::batch::{RaggedBatch, SegmentInput};
 use slipstream_model::choice::{ChoiceContext, Chooser};
+use slipstream_model::clock::Micros;
 use slipstream_model::forward::{Forward, Logits};
 use slipstream_model::ids::{DraftEpoch, SequenceId, TokenId};
 use slipstream_model::proposal::Proposal;
@@ -13,8 +14,11 @@ use crate::fault::DraftFault;
 use crate::kv_cache::KvCache;
 use crate::proposer::{ProposeWork, Proposer, TimeBudget};
 
-/// Known tokens that one forward pass catches up at most: between passes the time is looked at.
-const CATCH_UP_CHUNK: usize = 64;
+/// Known tokens that one forward pass catches up at first. Between passes the time is looked at,
+/// and the number follows what the last pass took.
+const CATCH_UP_ROWS_FIRST: usize = 8;
+/// And at most.
+const CATCH_UP_ROWS_MAX: usize = 64;
 
 /// Settings of a [`ModelProposer`].
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -63,6 +67,8 @@ pub struct ModelProposer {
     epoch: DraftEpoch,
     options: ModelProposerOptions,
     cache: KvCache,
+    /// Known tokens that the next forward pass may catch up.
+    catch_up_rows: usize,
     batch: RaggedBatch,
     logits: Logits,
     chooser: Chooser,
@@ -82,6 +88,7 @@ impl ModelProposer {
             epoch,
             options,
             cache,
+            catch_up_rows: CATCH_UP_ROWS_FIRST,
             batch: RaggedBatch::new(),
             logits: Logits::new(),
             chooser: Chooser::new(),
@@ -126,17 +133,17 @@ impl ModelProposer {
         runs
     }
 
-    /// Rows of one forward pass: the last token of every sequence that has caught up, and up to
-    /// `rows_max` known tokens of the others in order. Returns how many of those it took.
+    /// Rows of one forward pass: the few tokens behind which every sequence of the last step is,
+    /// and up to `rows_max` known tokens of the others in order. Returns how many of those it took.
     fn fill_batch(&mut self, runs: &mut [Run<'_>], rows_max: usize) -> usize {
         self.batch.clear();
         let mut num_caught_up = 0;
         for run in runs.iter_mut().filter(|run| !run.done) {
             let pending_len = run.pending_len();
-            run.num_rows = pending_len.min(rows_max - num_caught_up);
-            if pending_len == 1 {
-                run.num_rows = 1;
+            if pending_len <= run.work.draft_len + 1 {
+                run.num_rows = pending_len;
             } else {
+                run.num_rows = pending_len.min(rows_max - num_caught_up);
                 num_caught_up += run.num_rows;
             }
             if run.num_rows == 0 {
@@ -153,6 +160,15 @@ impl ModelProposer {
             });
         }
         num_caught_up
+    }
+
+    /// Aims catch-up passes at an eighth of the time there is: far enough from overrunning it.
+    fn adapt(&mut self, taken: Micros, span: Micros) {
+        if taken.0 > span.0 / 4 {
+            self.catch_up_rows = (self.catch_up_rows / 2).max(1);
+        } else if taken.0 < span.0 / 16 {
+            self.catch_up_rows = (self.catch_up_rows * 2).min(CATCH_UP_ROWS_MAX);
+        }
     }
 
     /// Records the computed rows and chooses the next token of every sequence that has logits.
@@ -195,14 +211,20 @@ impl Proposer for ModelProposer {
         proposals: &mut Vec<Proposal>,
     ) -> Result<(), DraftFault> {
         let mut runs = self.begin(work);
+        let start = budget.clock.now();
         let mut catch_up_left = self.options.catch_up_rows_max;
         while !budget.is_spent() {
-            let rows_max = catch_up_left.min(CATCH_UP_CHUNK);
-            catch_up_left -= self.fill_batch(&mut runs, rows_max);
+            let begin = budget.clock.now();
+            let rows_max = catch_up_left.min(self.catch_up_rows);
+            let num_caught_up = self.fill_batch(&mut runs, rows_max);
+            catch_up_left -= num_caught_up;
             if self.batch.is_empty() {
                 break; // all done, or what is left has to wait for the next step
             }
             self.forward.forward(&self.batch, &mut self.logits)?;
+            if num_caught_up > 0 {
+                self.adapt(budget.clock.now().since(begin), budget.deadline.since(start));
+            }
             self.extend(&mut runs)?;
         }
         for run in runs {

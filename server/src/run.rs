@@ -27,6 +27,9 @@ use crate::startup::{self, StartupError};
 /// How long connections may take to close once every call has its status.
 const CLOSING_GRACE: Duration = Duration::from_secs(1);
 
+/// How long the step in hand may take when the engine is told to stop.
+const ENGINE_GRACE: Duration = Duration::from_secs(60);
+
 /// Names that health is reported under: the whole server and its one service.
 const HEALTH_NAMES: [&str; 2] = ["", <CompletionsServer<CompletionsService> as NamedService>::NAME];
 
@@ -109,20 +112,20 @@ async fn drain(
     tracing::info!(running = engine.num_live(), grace_s = grace.as_secs(), "draining");
     engine.drain();
     let closed = server.finish(grace).await;
+    engine.stop();
+    // The engine looks at its queue between steps, and a step may be long: its requests have their
+    // ends only when it has ended, and connections close only behind that.
+    let ended = tokio::time::timeout(ENGINE_GRACE, engine_end).await;
     let result = match closed {
-        Ok(result) => {
-            engine.stop();
-            result
-        }
+        Ok(result) => result,
         Err(unfinished) => {
-            tracing::warn!(running = engine.num_live(), "grace is over: ending the rest");
-            engine.stop();
+            tracing::warn!("grace is over: the rest was ended");
             unfinished.close().await
         }
     };
-    match engine_end.await {
-        Ok(true) => result,
-        Ok(false) | Err(_) => Err(RunError::EngineEnded),
+    match ended {
+        Ok(Ok(true)) => result,
+        Ok(_) | Err(_) => Err(RunError::EngineEnded),
     }
 }
 

@@ -83,6 +83,24 @@ pub enum FinishReason {
     ShuttingDown,
 }
 
+impl FinishReason {
+    /// Whether the request was ended from outside rather than by the rules of decoding. The client
+    /// may go on elsewhere, so what was held back then stays back: it is not certain.
+    #[must_use]
+    pub fn is_forced(self) -> bool {
+        match self {
+            FinishReason::EndToken(_)
+            | FinishReason::StopString(_)
+            | FinishReason::Length
+            | FinishReason::Fault(SequenceFault::Choice(_)) => false,
+            FinishReason::Cancelled
+            | FinishReason::DeadlineExceeded
+            | FinishReason::Fault(SequenceFault::VerifierFailed)
+            | FinishReason::ShuttingDown => true,
+        }
+    }
+}
+
 /// What went wrong with one sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SequenceFault {
@@ -119,7 +137,7 @@ pub struct Timings {
 /// What speculation did for one request.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SpeculationUsage {
-    /// Steps that committed at least one token for it.
+    /// Steps in which the verifier chose tokens for it.
     pub num_steps: usize,
     /// Tokens proposed and verified. Those behind an end inside an accepted run do not count.
     pub num_proposed: usize,

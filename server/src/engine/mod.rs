@@ -206,8 +206,9 @@ impl Engine {
             return Err(SubmitError::NeverFits { wanted, capacity });
         }
         let live = self.sequences.values().filter(|sequence| !sequence.is_finished());
-        if live.count() >= self.config.max_running + self.config.max_waiting {
-            return Err(SubmitError::QueueFull { limit: self.config.max_waiting });
+        let limit = self.config.max_running + self.config.max_waiting;
+        if live.count() >= limit {
+            return Err(SubmitError::QueueFull { limit });
         }
         Ok(())
     }
@@ -258,6 +259,9 @@ impl Engine {
             return;
         }
         sequence.advance(Phase::Finished(reason));
+        if reason.is_forced() {
+            sequence.output.withhold();
+        }
         self.blocks.release(&mut sequence.blocks);
         sequence.computed_len = 0;
         self.draft.release(id);

@@ -33,6 +33,9 @@ pub(super) struct Output {
     taken_len: usize,
     /// Bytes already taken as text.
     taken_bytes: usize,
+    /// Whether an incomplete character at the end of the bytes can still be completed by a call
+    /// that goes on from here.
+    can_go_on: bool,
     finished: Option<Finished>,
 }
 
@@ -98,6 +101,15 @@ impl Output {
         self.bytes.truncate(cut.max(self.taken_bytes));
     }
 
+    /// Drops what is held back, for an end from outside: a call that goes on from the released
+    /// tokens decides what becomes of it, exactly as this one would have.
+    pub(super) fn withhold(&mut self) {
+        self.tokens.truncate(self.released_len);
+        self.ends.truncate(self.released_len);
+        self.bytes.truncate(self.ends.last().copied().unwrap_or(self.prefix_bytes_len));
+        self.can_go_on = true;
+    }
+
     /// Closes the output: everything held back may go, and the end follows it.
     pub(super) fn finish(&mut self, finished: Finished) {
         self.released_len = self.tokens.len();
@@ -119,13 +131,14 @@ impl Output {
         let mut event = TokensEvent::default();
         event.tokens.extend_from_slice(&self.tokens[self.taken_len..self.released_len]);
         self.taken_len = self.released_len;
-        let is_final = self.finished.is_some();
+        let is_finished = self.finished.is_some();
         let text_end = match self.released_len.checked_sub(1) {
-            _ if is_final => self.bytes.len(),
+            _ if is_finished => self.bytes.len(),
             Some(last) => self.ends[last],
             None => self.taken_bytes,
         };
         let ready = &self.bytes[self.taken_bytes..text_end.max(self.taken_bytes)];
+        let is_final = is_finished && !self.can_go_on;
         self.taken_bytes += decode(ready, is_final, &mut event.text);
         if event.tokens.is_empty() && event.text.is_empty() {
             return self.finished.take().map(Event::Finished);

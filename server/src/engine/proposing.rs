@@ -67,6 +67,7 @@ impl Draft {
         });
         match asked.and_then(|()| check_time(begin, budget)) {
             Ok(()) => {
+                raw.retain(|proposal| !proposal.tokens.is_empty()); // nothing to say is no offence
                 let num_raw = raw.len();
                 outcome.proposals = keep_sane(raw, work, epoch, vocab_size);
                 outcome.num_dropped = (num_raw - outcome.proposals.len()) as u64;
@@ -76,10 +77,13 @@ impl Draft {
                 outcome.is_fault = true;
                 if !matches!(fault, DraftFault::OverBudget { .. }) {
                     // Its KV may be half written: let it start afresh.
-                    let _ = guard(|| {
+                    let reset = guard(|| {
                         proposer.reset();
                         Ok(())
                     });
+                    if reset.is_err() {
+                        self.consecutive_faults = quarantine_after;
+                    }
                 }
             }
         }

@@ -52,10 +52,10 @@ impl Request {
 /// Why a request was not taken. The engine is unchanged.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
-    /// Too many requests wait.
-    #[error("the waiting queue is full: {limit} requests wait already")]
+    /// Too many requests run or wait.
+    #[error("the queue is full: {limit} requests run or wait already")]
     QueueFull {
-        /// The queue's bound.
+        /// The bound on both together.
         limit: usize,
     },
     /// Too many requests are alive in the whole server.

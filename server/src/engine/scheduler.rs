@@ -38,6 +38,8 @@ struct Candidate {
     computed_len: usize,
     /// Proposed tokens it would take.
     draft_len_wanted: usize,
+    /// Whether a token of it was committed already.
+    has_output: bool,
     /// Blocks it holds, those of this plan included.
     num_blocks: usize,
     chunk_len: usize,
@@ -51,6 +53,7 @@ impl Candidate {
             tokens_len: sequence.tokens.len(),
             computed_len: sequence.computed_len,
             draft_len_wanted: draft_len_wanted(config, sequence),
+            has_output: sequence.first_token.is_some(),
             num_blocks: sequence.blocks.blocks().len(),
             chunk_len: 0,
             draft_len: 0,
@@ -99,7 +102,8 @@ struct Planner<'a> {
 }
 
 /// Plans one step over `sequences`, given in id order. Without a draft that `can_propose`, nothing
-/// is set aside for proposals.
+/// is set aside for proposals; neither is in a step that brings somebody's first token, which would
+/// have to wait for the others' draft.
 pub(super) fn plan<'a>(
     config: &EngineConfig,
     can_propose: bool,
@@ -126,7 +130,7 @@ pub(super) fn plan<'a>(
     planner.plan_decode_rows();
     planner.plan_chunks();
     planner.admit(waiting);
-    if can_propose {
+    if can_propose && !planner.brings_a_first_token() {
         planner.plan_proposals();
     }
     planner.finish()
@@ -161,15 +165,18 @@ impl Planner<'_> {
     fn plan_rows(&mut self, index: usize, chunk_len: usize) {
         let candidate = self.running[index];
         let needed = candidate.blocks_for(candidate.computed_len + chunk_len);
-        while self.free_blocks < needed && index + 1 < self.running.len() {
+        let younger = self.running[index + 1..].iter();
+        let reachable = self.free_blocks + younger.map(|other| other.num_blocks).sum::<usize>();
+        if reachable < needed {
+            return; // sending the younger ones away would not help
+        }
+        while self.free_blocks < needed {
             self.preempt_youngest();
         }
-        if needed <= self.free_blocks {
-            self.free_blocks -= needed;
-            self.rows_left -= chunk_len;
-            self.running[index].num_blocks += needed;
-            self.running[index].chunk_len = chunk_len;
-        }
+        self.free_blocks -= needed;
+        self.rows_left -= chunk_len;
+        self.running[index].num_blocks += needed;
+        self.running[index].chunk_len = chunk_len;
     }
 
     fn preempt_youngest(&mut self) {
@@ -183,8 +190,8 @@ impl Planner<'_> {
     /// Lets waiting sequences in, oldest first, while rows, seats and blocks for all their known
     /// tokens and the next one are free. The first that does not fit stops the line.
     fn admit(&mut self, waiting: Vec<Candidate>) {
-        if !self.preempt.is_empty() {
-            return; // blocks are short: nobody joins in a step that sends somebody away
+        if !self.preempt.is_empty() || self.running.iter().any(|running| running.chunk_len == 0) {
+            return; // blocks are short: nobody joins while somebody older has to wait for them
         }
         for candidate in waiting {
             let has_seat = self.running.len() < self.config.max_running;
@@ -197,6 +204,11 @@ impl Planner<'_> {
             let chunk_len = candidate.pending_len().min(self.rows_left);
             self.plan_rows(self.running.len() - 1, chunk_len);
         }
+    }
+
+    /// Whether this step ends with the first token of some sequence.
+    fn brings_a_first_token(&self) -> bool {
+        self.running.iter().any(|candidate| candidate.reaches_end() && !candidate.has_output)
     }
 
     /// Gives the rows and blocks that nobody needs to proposals, one more token for each sequence

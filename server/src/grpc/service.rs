@@ -6,8 +6,9 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
-use slipstream_model::clock::Clock;
+use slipstream_model::clock::{Clock, Micros};
 use slipstream_model::token_bytes::TokenBytes;
 use slipstream_proto::v1;
 use slipstream_proto::v1::completions_server::Completions;
@@ -27,7 +28,7 @@ use crate::grpc::validate::{Admission, Validated, validate};
 use crate::handle::{EngineHandle, RequestStream};
 
 /// Requests that may be in validation at once. It bounds the memory that waiting prompts hold.
-const VALIDATING_MAX: usize = 64;
+const VALIDATING_MAX: usize = 512;
 
 /// Prompt text above this many bytes is tokenised one request at a time: a handful of clients with
 /// huge prompts must not take all cores and memory from those with small ones.
@@ -63,11 +64,12 @@ impl CompletionsService {
     async fn begin(
         &self,
         call: Request<v1::GenerateRequest>,
+        span: Option<Micros>,
     ) -> Result<(v1::Started, Completion), CallError> {
         let backend = self.backend.get().ok_or(CallError::Loading)?;
         let arrival = backend.clock.now();
         let guard = self.calls.begin();
-        let deadline = time_allowed(call.metadata())?.map(|span| arrival.plus(span));
+        let deadline = span.map(|span| arrival.plus(span));
         let permit = Arc::clone(&self.validating)
             .try_acquire_owned()
             .map_err(|_| CallError::EdgeFull { limit: VALIDATING_MAX })?;
@@ -147,6 +149,38 @@ impl Completion {
             None => Err(CallError::EngineGone),
         }
     }
+
+    /// All of it in one response.
+    async fn collect(mut self, started: v1::Started) -> Result<v1::CompleteResponse, CallError> {
+        let mut response = v1::CompleteResponse { started: Some(started), ..Default::default() };
+        loop {
+            match self.next().await? {
+                generate_event::Event::Started(_) => {}
+                generate_event::Event::Tokens(tokens) => {
+                    response.text.push_str(&tokens.text);
+                    response.tokens.extend(tokens.tokens);
+                }
+                generate_event::Event::Finished(finished) => {
+                    response.finished = Some(finished);
+                    return Ok(response);
+                }
+            }
+        }
+    }
+}
+
+/// Runs `work` for `span` at most. The engine keeps deadlines too, but looks at them between steps;
+/// dropping the work cancels its request.
+async fn within<T>(
+    span: Option<Micros>,
+    work: impl Future<Output = Result<T, CallError>>,
+) -> Result<T, CallError> {
+    match span {
+        None => work.await,
+        Some(span) => tokio::time::timeout(Duration::from_micros(span.0), work)
+            .await
+            .unwrap_or(Err(CallError::DeadlineExceeded)),
+    }
 }
 
 type NextEvent =
@@ -191,7 +225,8 @@ impl Completions for CompletionsService {
         &self,
         call: Request<v1::GenerateRequest>,
     ) -> Result<Response<EventStream>, Status> {
-        let (started, completion) = self.begin(call).await?;
+        let span = time_allowed(call.metadata()).map_err(CallError::from)?;
+        let (started, completion) = within(span, self.begin(call, span)).await?;
         let next = Some(next_event(completion));
         Ok(Response::new(EventStream { started: Some(started), next }))
     }
@@ -200,20 +235,11 @@ impl Completions for CompletionsService {
         &self,
         call: Request<v1::GenerateRequest>,
     ) -> Result<Response<v1::CompleteResponse>, Status> {
-        let (started, mut completion) = self.begin(call).await?;
-        let mut response = v1::CompleteResponse { started: Some(started), ..Default::default() };
-        loop {
-            match completion.next().await? {
-                generate_event::Event::Started(_) => {}
-                generate_event::Event::Tokens(tokens) => {
-                    response.text.push_str(&tokens.text);
-                    response.tokens.extend(tokens.tokens);
-                }
-                generate_event::Event::Finished(finished) => {
-                    response.finished = Some(finished);
-                    return Ok(Response::new(response));
-                }
-            }
-        }
+        let span = time_allowed(call.metadata()).map_err(CallError::from)?;
+        let response = within(span, async {
+            let (started, completion) = self.begin(call, span).await?;
+            completion.collect(started).await
+        });
+        Ok(Response::new(response.await?))
     }
 }

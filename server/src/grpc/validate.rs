@@ -339,9 +339,10 @@ fn fit_context(
     let model_room = model.model_context_len - prompt_len;
     let max_tokens = wanted.unwrap_or(limits::MAX_TOKENS_DEFAULT.min(model_room));
     if max_tokens > room {
+        let default = if wanted.is_none() { " (the default)" } else { "" };
         let problem = format!(
-            "{max_tokens} tokens after a prompt of {prompt_len} do not fit the context of \
-             {context_len}; at most {room} do"
+            "{max_tokens}{default} tokens after a prompt of {prompt_len} do not fit the \
+             {context_len} positions of context or KV pool; at most {room} do"
         );
         return Err(Refusal::range("max_tokens", problem));
     }
