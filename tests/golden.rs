@@ -21,6 +21,7 @@ use slipstream_model::reference::ReferenceModel;
 use slipstream_model::transformer::{Transformer, TransformerOptions};
 use slipstream_model::weights::{Matrix, MatrixData};
 use slipstream_tests::gguf_builder::{GgufBuilder, Value};
+use slipstream_tests::random::Rng;
 use tempfile::TempDir;
 
 /// Most that logits may differ, relative to the largest logit, on 32-bit weights.
@@ -30,6 +31,9 @@ const F32_TOLERANCE: f64 = 1e-4;
 /// to 1/254 of the largest in its block; the random checkpoints, whose attention is peaked, amplify
 /// that far more than trained ones do (3.6e-2 and 1.2e-2 were measured).
 const Q8_0_TOLERANCE: f64 = 6e-2;
+
+/// Tokens of the long sequences. Attention splits at 256 positions, so that they need three parts.
+const LONG_LEN: usize = 600;
 
 /// A vocabulary of one token, for checkpoints that come without a tokenizer.
 const ONE_TOKEN: &str = r#"{"version":"1.0","added_tokens":[],"normalizer":null,
@@ -65,7 +69,11 @@ struct Golden {
 }
 
 fn golden(name: &str, file: &str) -> Golden {
-    let bytes = fs::read(fixture(name).join(file)).unwrap();
+    golden_file(&fixture(name).join(file))
+}
+
+fn golden_file(path: &Path) -> Golden {
+    let bytes = fs::read(path).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let ids = tensors.tensor("input_ids").unwrap();
     let tokens = ids
@@ -92,6 +100,10 @@ fn check(label: &str, model: &LoadedModel, golden: &Golden) {
     let reference = ReferenceModel::new(&model.config, &model.weights).unwrap();
     let found = distance(&reference.logits(&golden.tokens).unwrap(), &golden.logits);
     assert!(found < F32_TOLERANCE, "{label}: reference is off by {found:.2e}");
+    check_transformer(label, model, golden);
+}
+
+fn check_transformer(label: &str, model: &LoadedModel, golden: &Golden) {
     let tolerance = match model.weights.embedding.data {
         MatrixData::F32(_) => F32_TOLERANCE,
         MatrixData::Q8_0 { .. } => Q8_0_TOLERANCE,
@@ -315,12 +327,48 @@ fn rotary_scalings_of_gguf_files_give_the_logits_of_transformers() {
 }
 
 #[test]
+fn sequences_that_attention_splits_agree_with_the_reference() {
+    for name in ["llama-gqa", "llama-tied", "llama-untied", "llama-llama3"] {
+        let mut model = load_path(directory(name, "config.json").path(), None);
+        model.config.context_len = LONG_LEN;
+        let mut rng = Rng::new(600);
+        let mut tokens: Vec<TokenId> =
+            (0..LONG_LEN).map(|_| TokenId(rng.below(model.config.vocab_size) as u32)).collect();
+        let reference = ReferenceModel::new(&model.config, &model.weights).unwrap();
+        let logits = reference.logits(&tokens).unwrap();
+        let golden = Golden { tokens: tokens.clone(), logits };
+        check_transformer(name, &model, &golden);
+        // The last row sees every part, or losing one would not show.
+        let last_row = (LONG_LEN - 1) * model.config.vocab_size;
+        for part in [0..256, 256..512, 512..LONG_LEN - 1] {
+            let kept = tokens[part.clone()].to_vec();
+            tokens[part.clone()].reverse();
+            let other = reference.logits(&tokens).unwrap();
+            let found = distance(&other[last_row..], &golden.logits[last_row..]);
+            assert!(found > 50.0 * F32_TOLERANCE, "{name}: {part:?} matters by {found:.1e} only");
+            tokens[part].copy_from_slice(&kept);
+        }
+    }
+}
+
+#[test]
+fn the_embedded_pair_gives_the_logits_of_its_goldens() {
+    for name in ["verifier", "draft"] {
+        let path = fixture("../../models/micro").join(format!("{name}.gguf"));
+        let wanted = golden_file(&fixture(&format!("micro-{name}-golden.safetensors")));
+        for format in [None, Some(WeightFormat::F32)] {
+            check(&format!("{name} as {format:?}"), &load_path(&path, format), &wanted);
+        }
+    }
+}
+
+#[test]
 fn the_embedded_pair_computes_what_its_weights_say() {
-    let source = fs::read_to_string(fixture("../harness/timing.rs")).unwrap();
+    let source = fs::read_to_string(fixture("text-timing.txt")).unwrap();
     for name in ["verifier.gguf", "draft.gguf"] {
         let path = fixture("../../models/micro").join(name);
         let model = load_path(&path, None);
-        let tokens = model.tokenizer.encode(&source[..600], true).unwrap();
+        let tokens = model.tokenizer.encode(&source, true).unwrap();
         let reference = ReferenceModel::new(&model.config, &model.weights).unwrap();
         let wanted = Golden { logits: reference.logits(&tokens).unwrap(), tokens };
         check(name, &model, &wanted);

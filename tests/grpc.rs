@@ -2,6 +2,8 @@
 //! replay by seed, resumption at every cut, stops, and neighbours that do not matter. Real server,
 //! real connection, embedded pair.
 
+use slipstream_model::load::{LoadOptions, ModelSource, load};
+use slipstream_model::tokenizer::Tokenizer;
 use slipstream_proto::v1;
 use slipstream_proto::v1::finished::Cause;
 use slipstream_proto::v1::generate_request::Prompt;
@@ -221,21 +223,31 @@ fn a_stop_id_ends_the_output_and_is_not_part_of_it() {
     });
 }
 
+/// The tokenizer of the embedded verifier, from its file.
+fn verifiers_tokenizer() -> Tokenizer {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/micro/verifier.gguf");
+    let source = ModelSource::Path(path.into());
+    load(source, &LoadOptions::default(), &mut |_| {}).unwrap().tokenizer
+}
+
 #[test]
 fn text_and_its_token_ids_are_the_same_prompt() {
     block_on(async {
         let server = start(|_| {}).await;
         let client = client(&server);
-        // The output's ids, sent back as a prompt, continue like the output's text does whenever
-        // the tokenizer spells the text with the same ids; one byte per token always does.
-        let whole = stream(&client, greedy(PROMPT, 24)).await.unwrap();
-        let ids = v1::TokenIds { ids: whole.ids() };
-        let by_ids = v1::GenerateRequest { prompt: Some(Prompt::TokenIds(ids)), ..greedy("", 24) };
-        let by_ids = stream(&client, by_ids).await.unwrap();
-        assert_eq!(by_ids.started.prompt_tokens as usize, whole.tokens.len());
-        let by_text = stream(&client, greedy(&whole.text, 24)).await.unwrap();
-        if by_text.started.prompt_tokens == by_ids.started.prompt_tokens {
-            assert_eq!(by_text.bytes(), by_ids.bytes());
+        let tokenizer = verifiers_tokenizer();
+        for prompt in
+            [PROMPT, "fn", "\u{e9}t\u{e9} \u{1f980}\n", "let x = vec![0u8; 1 << 12];\n    "]
+        {
+            let by_text = stream(&client, greedy(prompt, 24)).await.unwrap();
+            let ids: Vec<u32> =
+                tokenizer.encode(prompt, true).unwrap().iter().map(|id| id.0).collect();
+            assert_eq!(by_text.started.prompt_tokens as usize, ids.len(), "{prompt:?}");
+            let prompt_ids = Some(Prompt::TokenIds(v1::TokenIds { ids }));
+            let by_ids = v1::GenerateRequest { prompt: prompt_ids, ..greedy("", 24) };
+            let by_ids = stream(&client, by_ids).await.unwrap();
+            assert_eq!(by_text.started.prompt_tokens, by_ids.started.prompt_tokens);
+            assert_eq!(by_text.bytes(), by_ids.bytes(), "{prompt:?}");
         }
         server.stop().await.unwrap();
     });

@@ -15,7 +15,7 @@ const NUM_CONFIGURATIONS: u64 = 200;
 /// Configurations that share a batch.
 const NEIGHBOURS: usize = 8;
 /// Text that prompts are cut from.
-const TEXT: &str = include_str!("harness/random.rs");
+const TEXT: &str = include_str!("fixtures/text-random.txt");
 const STOPS: [&str; 6] = ["\n\n", "}\n", "fn ", ";", "// ", "é"];
 
 /// A random prompt with random parameters; everything follows from the seed.

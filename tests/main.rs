@@ -7,6 +7,8 @@ mod bad_requests;
 mod blocks;
 mod checkpoint_files;
 mod choice;
+mod command_line;
+mod deadlines;
 mod distribution;
 mod exactness;
 mod golden;

@@ -16,6 +16,8 @@ use tempfile::NamedTempFile;
 
 /// Files with random flips that are tried.
 const NUM_FLIPPED_FILES: u64 = 3000;
+/// Attempts at being fast: other processes may have the machine in one of them.
+const NUM_ATTEMPTS: usize = 20;
 /// Set in the child process that measures its own memory.
 const ALONE: &str = "SLIPSTREAM_TEST_ALONE";
 
@@ -316,10 +318,13 @@ fn small_lying_files_cost_neither_time_nor_memory() {
     let _ = load_bytes(&files[0]);
     let before = peak_bytes();
     for file in &files {
-        let start = Instant::now();
-        assert!(load_bytes(file).is_err());
-        let elapsed = start.elapsed();
-        assert!(elapsed < Duration::from_millis(10), "{elapsed:?} for 64 bytes");
+        let mut attempts = (0..NUM_ATTEMPTS).map(|_| {
+            let start = Instant::now();
+            assert!(load_bytes(file).is_err());
+            start.elapsed()
+        });
+        let is_fast = attempts.any(|elapsed| elapsed < Duration::from_millis(10));
+        assert!(is_fast, "{NUM_ATTEMPTS} attempts took 10 ms or more each for 64 bytes");
     }
     let grown = peak_bytes() - before;
     assert!(grown < 1 << 20, "{grown} bytes of memory for 64 bytes");

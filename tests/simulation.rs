@@ -12,7 +12,10 @@ use slipstream_tests::timing::{report, timed};
 const NUM_SEEDS: u64 = 500;
 
 /// What the default seeds must have met at least once each; otherwise the simulator went blind.
-const MUST_HAPPEN: [&str; 33] = [
+const MUST_HAPPEN: [&str; 36] = [
+    "accepted from a like draft",
+    "accepted from a narrower draft",
+    "accepted from a wider draft",
     "accepted tokens",
     "bonus tokens",
     "cancelled finished",

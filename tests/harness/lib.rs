@@ -9,6 +9,7 @@ pub mod collected;
 pub mod drive;
 pub mod gguf_builder;
 pub mod hash_lm;
+pub mod held_loading;
 pub mod model_draft;
 pub mod naive_choice;
 pub mod pieces;

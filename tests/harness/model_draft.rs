@@ -20,6 +20,8 @@ pub struct DraftWatch {
     proposer: Arc<Mutex<ModelProposer>>,
     /// Looks into the draft's hash LM.
     pub probe: HashLmProbe,
+    /// Ids that the draft knows.
+    pub vocab_size: usize,
 }
 
 impl DraftWatch {
@@ -27,6 +29,13 @@ impl DraftWatch {
     #[must_use]
     pub fn num_held_blocks(&self) -> usize {
         lock(&self.proposer).num_held_blocks()
+    }
+
+    /// Faults that were caused on purpose: failed calls and rows of NaN.
+    #[must_use]
+    pub fn num_caused_faults(&self) -> u64 {
+        let counts = self.probe.counts();
+        counts.failed_calls + counts.nan_rows
     }
 }
 
@@ -37,9 +46,10 @@ pub fn model_draft(
     epoch: DraftEpoch,
     options: ModelProposerOptions,
 ) -> (Box<dyn Proposer>, DraftWatch) {
+    let vocab_size = config.limits.vocab_size;
     let (forward, probe) = HashLm::new(config);
     let proposer = Arc::new(Mutex::new(ModelProposer::new(Box::new(forward), epoch, options)));
-    (Box::new(SharedProposer(Arc::clone(&proposer))), DraftWatch { proposer, probe })
+    (Box::new(SharedProposer(Arc::clone(&proposer))), DraftWatch { proposer, probe, vocab_size })
 }
 
 fn lock(proposer: &Mutex<ModelProposer>) -> MutexGuard<'_, ModelProposer> {

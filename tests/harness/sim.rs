@@ -3,6 +3,7 @@
 //! in which safety is checked after every step, then calm weather in which everything must finish.
 //! Time is virtual, so that a seed replays exactly.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -306,10 +307,16 @@ impl World {
                 let mut config = self.climate.verifier.draft(*self.rng.pick(&[0.0, 0.3, 1.0, 3.0]));
                 config.limits.num_blocks = self.rng.between(1, 30);
                 config.nan_one_in = *self.rng.pick(&[0, 0, 40]);
+                let target_vocab_size = self.climate.sizes.vocab_size;
+                if self.rng.one_in(2) {
+                    // Padding may differ between models of one tokenizer.
+                    let others = [target_vocab_size - 3, target_vocab_size + 8];
+                    config.limits.vocab_size = *self.rng.pick(&others);
+                }
                 let options = ModelProposerOptions {
                     catch_up_rows_max: *self.rng.pick(&[1, 7, 512]),
                     sharpening: *self.rng.pick(&[1.0, 1.5]),
-                    ..ModelProposerOptions::default()
+                    target_vocab_size,
                 };
                 let (proposer, watch) = model_draft(config, epoch, options);
                 self.draft = Some(watch);
@@ -335,6 +342,8 @@ impl World {
     }
 
     fn step(&mut self) -> Result<usize, String> {
+        let before = *self.engine.counters();
+        let num_caused = self.draft.as_ref().map_or(0, DraftWatch::num_caused_faults);
         let report = self.engine.step();
         self.checker.after_step(&self.engine, report)?;
         if let Some(breach) = self.knowledge.breaches().first() {
@@ -345,6 +354,20 @@ impl World {
             if counts.poisoned_reads + counts.refused_calls > 0 {
                 return Err(format!("the draft read or computed nonsense: {counts:?}"));
             }
+            let after = *self.engine.counters();
+            let is_caused = draft.num_caused_faults() > num_caused;
+            if after.draft_faults > before.draft_faults && !is_caused {
+                return Err("the draft failed by itself".to_owned());
+            }
+            if after.dropped_proposals > before.dropped_proposals {
+                return Err("the draft proposed what cannot be".to_owned());
+            }
+            let kind = match draft.vocab_size.cmp(&self.climate.sizes.vocab_size) {
+                Ordering::Less => "accepted from a narrower draft",
+                Ordering::Equal => "accepted from a like draft",
+                Ordering::Greater => "accepted from a wider draft",
+            };
+            self.note(kind, after.accepted - before.accepted);
         }
         let in_prompt = self.engine.sequences().any(|view| {
             view.phase == Phase::Running && (1..view.prompt_len).contains(&view.computed_len)

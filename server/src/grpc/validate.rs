@@ -320,8 +320,8 @@ fn tokenise(text: &str, model: &ServedModel) -> Result<Vec<TokenId>, Refusal> {
     Ok(ids)
 }
 
-/// `max_tokens` as asked or by default, such that prompt and output fit the context and the KV pool.
-/// The default follows the model's context alone: a small pool refuses, it does not shorten.
+/// `max_tokens` as asked or by default, such that prompt and output fit the context and the KV
+/// pool. The default follows the model's context alone: a small pool refuses, it does not shorten.
 fn fit_context(
     prompt_len: usize,
     wanted: Option<usize>,
