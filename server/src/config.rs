@@ -2,7 +2,6 @@
 //! once checked. The only reader of the environment. Knows no models and no sockets.
 
 use std::io::IsTerminal;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -31,6 +30,7 @@ const NONE: &str = "none";
 
 /// Flags about models and engine, shared by all commands that run a server of their own.
 #[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Models and engine")]
 pub struct ModelFlags {
     /// Verifier: a Hugging Face directory, a GGUF file, or `embedded`
     #[arg(long, value_name = "PATH", env = "SLIPSTREAM_MODEL")]
@@ -42,10 +42,10 @@ pub struct ModelFlags {
     /// Name clients know the verifier by [default: the model's own]
     #[arg(long, value_name = "NAME", env = "SLIPSTREAM_MODEL_NAME")]
     pub model_name: Option<String>,
-    /// Threads for the networks [default: all cores]
+    /// Threads for the networks, 1 to 256 [default: all cores]
     #[arg(long, value_name = "N", env = "SLIPSTREAM_THREADS")]
     pub threads: Option<usize>,
-    /// Positions to use of the model's context [default: all]
+    /// Positions to use of the model's context, 2 or more [default: all]
     #[arg(long, value_name = "POSITIONS", env = "SLIPSTREAM_CONTEXT_LIMIT")]
     pub context_limit: Option<usize>,
     /// Weights in memory: as in the file, or 8-bit
@@ -54,14 +54,14 @@ pub struct ModelFlags {
     /// Memory that loading one model may take at its peak, for example 8GiB [default: 64GiB]
     #[arg(long, value_name = "SIZE", env = "SLIPSTREAM_LOAD_MEMORY")]
     pub load_memory: Option<String>,
-    /// KV pool in blocks of 16 positions
+    /// KV pool in blocks of 16 positions, 1 or more
     #[arg(long, value_name = "BLOCKS", env = "SLIPSTREAM_KV_BLOCKS", conflicts_with = "kv_memory")]
     pub kv_blocks: Option<usize>,
     /// KV pool of the verifier as memory, for example 512MiB [default: enough for --max-running
     /// full contexts, at most 1GiB]
     #[arg(long, value_name = "SIZE", env = "SLIPSTREAM_KV_MEMORY")]
     pub kv_memory: Option<String>,
-    /// Tokens per proposal where clients leave it to the server; 0 never proposes
+    /// Tokens per proposal where clients leave it to the server, 0 to 8; 0 never proposes
     #[arg(
         long,
         value_name = "TOKENS",
@@ -69,7 +69,7 @@ pub struct ModelFlags {
         env = "SLIPSTREAM_DRAFT_LEN"
     )]
     pub draft_len: usize,
-    /// Requests computed at the same time
+    /// Requests computed at the same time, 1 to 65536
     #[arg(
         long,
         value_name = "N",
@@ -77,7 +77,7 @@ pub struct ModelFlags {
         env = "SLIPSTREAM_MAX_RUNNING"
     )]
     pub max_running: usize,
-    /// Requests that may wait beyond those; more are refused with RESOURCE_EXHAUSTED
+    /// Requests that may wait beyond those, 0 to 65536; more are refused with RESOURCE_EXHAUSTED
     #[arg(
         long,
         value_name = "N",
@@ -85,7 +85,8 @@ pub struct ModelFlags {
         env = "SLIPSTREAM_MAX_WAITING"
     )]
     pub max_waiting: usize,
-    /// Rows of one step over all requests: bounds how long a long prompt holds others up
+    /// Rows of one step over all requests, 1 to 65536: bounds how long a long prompt holds others
+    /// up. Proposals need 2 or more
     #[arg(
         long,
         value_name = "ROWS",
@@ -119,19 +120,17 @@ impl Default for ModelFlags {
 
 /// Flags of `slipstream serve`.
 #[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Server")]
 pub struct ServeFlags {
-    /// Models and engine.
-    #[command(flatten)]
-    pub model: ModelFlags,
-    /// Address to listen on; port 0 takes a free one
+    /// Host name or IP address, and port, to listen on; port 0 takes a free one
     #[arg(
         long,
         value_name = "ADDRESS",
         default_value = "127.0.0.1:50051",
         env = "SLIPSTREAM_LISTEN"
     )]
-    pub listen: SocketAddr,
-    /// How long running requests may take to finish at shutdown
+    pub listen: String,
+    /// How long running requests may take to finish at shutdown, 0 to 86400
     #[arg(long, value_name = "SECONDS", default_value_t = 30, env = "SLIPSTREAM_GRACE_SECONDS")]
     pub grace_seconds: u64,
     /// Form of the log on stderr
@@ -140,6 +139,9 @@ pub struct ServeFlags {
     /// What to log, for example `info` or `slipstream_server=debug`
     #[arg(long, value_name = "FILTER", default_value = "info", env = "SLIPSTREAM_LOG")]
     pub log: String,
+    /// Models and engine.
+    #[command(flatten)]
+    pub model: ModelFlags,
 }
 
 /// Weight format in memory.
@@ -217,15 +219,22 @@ pub struct Config {
 
 /// A setting that cannot be used. The message names the flag, the value and what would be allowed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("--{flag}: {problem}")]
+#[error("--{flag}{variable}: {problem}")]
 pub struct ConfigError {
     flag: &'static str,
+    /// Where the value may have come from instead.
+    variable: String,
     problem: String,
 }
 
 impl ConfigError {
     pub(crate) fn new(flag: &'static str, problem: impl Into<String>) -> Self {
-        Self { flag, problem: problem.into() }
+        let name = format!("SLIPSTREAM_{}", flag.replace('-', "_").to_uppercase());
+        let variable = match std::env::var_os(&name) {
+            Some(_) => format!(" or {name}"),
+            None => String::new(),
+        };
+        Self { flag, variable, problem: problem.into() }
     }
 }
 
@@ -267,10 +276,12 @@ fn models(flags: &ModelFlags) -> Result<ModelConfig, ConfigError> {
         None | Some(NONE) => None,
         Some(text) => Some(model_choice("draft-model", text)?),
     };
-    let is_embedded = verifier == ModelChoice::Embedded || draft == Some(ModelChoice::Embedded);
-    if is_embedded && !cfg!(feature = "embedded-pair") {
+    let embedded = [("model", Some(&verifier)), ("draft-model", draft.as_ref())]
+        .into_iter()
+        .find(|(_, choice)| *choice == Some(&ModelChoice::Embedded));
+    if let (Some((flag, _)), false) = (embedded, cfg!(feature = "embedded-pair")) {
         let problem = "this binary was built without the embedded pair: give the path of a model";
-        return Err(ConfigError::new("model", problem));
+        return Err(ConfigError::new(flag, problem));
     }
     let kv = match (flags.kv_blocks, flags.kv_memory.as_deref()) {
         (Some(blocks), _) => KvSize::Blocks(within("kv-blocks", blocks, 1, KV_BLOCKS_MAX)?),

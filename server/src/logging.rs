@@ -7,6 +7,9 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::LogFormat;
 
+/// What commands that only pass through log: warnings, and how far a long loading is.
+pub(crate) const QUIET: &str = "warn,slipstream_progress=info";
+
 /// The filter cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[error("--log: {0}")]

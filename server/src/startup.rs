@@ -249,7 +249,12 @@ impl Reporter {
             LoadStage::Digest => "hashing",
         };
         let percent = progress.done_bytes * 100 / progress.total_bytes.max(1);
-        tracing::info!(role = self.role, percent, "{stage}");
+        tracing::info!(
+            target: "slipstream_progress",
+            role = self.role,
+            percent,
+            "{stage}"
+        );
     }
 }
 

@@ -1,5 +1,6 @@
-//! Owns one streamed completion as a client sees it: what came, and when by the client's clock.
+//! Owns one streamed completion as a client sees it: what came, and what an early end means.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use slipstream_proto::v1;
@@ -11,7 +12,7 @@ use tonic::{Code, Status};
 /// Largest response message a command takes, in bytes: several thousand tokens with all extras.
 const RESPONSE_BYTES_MAX: usize = 64 * 1024 * 1024;
 
-/// A completion received in full.
+/// A completion as far as it came.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Completion {
     /// The server's first word.
@@ -24,17 +25,17 @@ pub(super) struct Completion {
     pub(super) finished: v1::Finished,
     /// From sending the request to the first token's arrival.
     pub(super) first_token: Duration,
-    /// Tokens that arrived together with the first.
-    first_len: usize,
-    /// From the first token's arrival to the last event's.
-    streaming: Duration,
 }
 
 impl Completion {
-    /// Tokens per second after the first event; `None` when there were none.
+    /// Tokens per second after the first, by the server's clock. `None` where it would tell
+    /// nothing: fewer than two tokens, or all of them from one step.
     pub(super) fn tokens_per_second(&self) -> Option<f64> {
-        let later = self.tokens.len() - self.first_len;
-        (later > 0).then(|| later as f64 / self.streaming.as_secs_f64())
+        let timings = self.finished.timings.unwrap_or_default();
+        let later = self.finished.usage.unwrap_or_default().output_tokens.checked_sub(1)?;
+        let span_ms = timings.total_ms - timings.first_token_ms?;
+        let is_telling = later > 0 && self.speculation().steps > 1 && span_ms > 0.0;
+        is_telling.then(|| f64::from(later) * 1000.0 / span_ms)
     }
 
     /// Speculation counts.
@@ -43,44 +44,120 @@ impl Completion {
     }
 }
 
+/// Why a completion is not there in full.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StreamError {
+    /// The server said no, failed or went away.
+    #[error("{}: {}", meaning(.status.code(), .partial.as_ref()), .status.message())]
+    Call {
+        /// The call's status.
+        status: Status,
+        /// What came before.
+        partial: Box<Completion>,
+    },
+    /// The tokens could not be passed on.
+    #[error("cannot write the output: {0}")]
+    Output(#[from] io::Error),
+}
+
+/// What a code means for the reader of the message that came with it.
+fn meaning(code: Code, partial: &Completion) -> &'static str {
+    match code {
+        Code::InvalidArgument | Code::OutOfRange | Code::NotFound => "the request is refused",
+        Code::ResourceExhausted => "the server is full, try again later",
+        Code::Unimplemented => "this is no slipstream server, or another version of one",
+        Code::Unavailable if partial.started == v1::Started::default() => {
+            "the server takes no requests now"
+        }
+        Code::Unavailable | Code::Unknown | Code::DataLoss => "the stream broke off",
+        _ => "the server could not complete this",
+    }
+}
+
 /// A client on a connection.
 pub(super) fn client(channel: Channel) -> CompletionsClient<Channel> {
     CompletionsClient::new(channel).max_decoding_message_size(RESPONSE_BYTES_MAX)
 }
 
-/// Streams a completion. `on_tokens` sees every event as it comes.
+/// Streams a completion. `on_tokens` sees every event as it comes; its error ends the request.
 ///
 /// # Errors
-/// The call's status, or that of a stream that broke off.
+/// [`StreamError`], with all that came before it.
 pub(super) async fn stream(
+    client: CompletionsClient<Channel>,
+    request: v1::GenerateRequest,
+    on_tokens: impl FnMut(&v1::Tokens) -> io::Result<()>,
+) -> Result<Completion, StreamError> {
+    let mut completion = Completion::default();
+    match receive(client, request, on_tokens, &mut completion).await {
+        Ok(()) => Ok(completion),
+        Err(Broken::Call(status)) => {
+            Err(StreamError::Call { status, partial: Box::new(completion) })
+        }
+        Err(Broken::Output(error)) => Err(StreamError::Output(error)),
+    }
+}
+
+/// A [`StreamError`] that does not hold the completion yet.
+enum Broken {
+    Call(Status),
+    Output(io::Error),
+}
+
+async fn receive(
     mut client: CompletionsClient<Channel>,
     request: v1::GenerateRequest,
-    mut on_tokens: impl FnMut(&v1::Tokens),
-) -> Result<Completion, Status> {
+    mut on_tokens: impl FnMut(&v1::Tokens) -> io::Result<()>,
+    completion: &mut Completion,
+) -> Result<(), Broken> {
     let sent = Instant::now();
-    let mut events = client.generate(request).await?.into_inner();
-    let mut completion = Completion::default();
-    let mut first = None;
-    while let Some(event) = events.message().await? {
+    let mut events = client.generate(request).await.map_err(Broken::Call)?.into_inner();
+    while let Some(event) = events.message().await.map_err(Broken::Call)? {
         match event.event {
             Some(Event::Started(started)) => completion.started = started,
             Some(Event::Tokens(tokens)) => {
-                if first.is_none() && !tokens.tokens.is_empty() {
-                    first = Some(Instant::now());
-                    completion.first_len = tokens.tokens.len();
+                if completion.tokens.is_empty() && !tokens.tokens.is_empty() {
                     completion.first_token = sent.elapsed();
                 }
-                on_tokens(&tokens);
+                on_tokens(&tokens).map_err(Broken::Output)?;
                 completion.text.push_str(&tokens.text);
                 completion.tokens.extend(tokens.tokens);
             }
             Some(Event::Finished(finished)) => {
                 completion.finished = finished;
-                completion.streaming = first.map_or(Duration::ZERO, |first| first.elapsed());
-                return Ok(completion);
+                return Ok(());
             }
             None => {} // an event of a newer server
         }
     }
-    Err(Status::new(Code::DataLoss, "the stream broke off before the completion was complete"))
+    Err(Broken::Call(Status::data_loss("the server ended it before it was complete")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Completion;
+    use slipstream_proto::v1;
+
+    #[test]
+    fn a_rate_needs_two_tokens_and_two_steps() {
+        let rate = |output_tokens, steps| {
+            let finished = v1::Finished {
+                usage: Some(v1::Usage { output_tokens, ..v1::Usage::default() }),
+                timings: Some(v1::Timings {
+                    first_token_ms: Some(10.0),
+                    total_ms: 20.0,
+                    ..v1::Timings::default()
+                }),
+                speculation: Some(v1::SpeculationStats {
+                    steps,
+                    ..v1::SpeculationStats::default()
+                }),
+                ..v1::Finished::default()
+            };
+            Completion { finished, ..Completion::default() }.tokens_per_second()
+        };
+        assert_eq!(rate(11, 4), Some(1000.0));
+        assert_eq!([rate(0, 0), rate(1, 1), rate(2, 1)], [None; 3]);
+        assert_eq!(Completion::default().tokens_per_second(), None);
+    }
 }

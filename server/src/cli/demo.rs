@@ -10,13 +10,13 @@ use slipstream_proto::v1::generate_request::Prompt;
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
-use super::OWN_SERVER_GRACE;
 use super::client::{self, Completion};
 use super::compare::{Difference, first_difference};
 use super::generate::write_tokens;
 use super::request_flags::{auto, off};
 use super::terminal::{Attribution, Palette, write_table};
-use crate::config::{Config, LogFormat, ModelFlags, wants_colour};
+use super::{PROPOSING_TOKENS_MIN, comparison_config};
+use crate::config::{ConfigError, LogFormat, ModelFlags, wants_colour};
 use crate::local::LocalServer;
 use crate::logging;
 
@@ -27,9 +27,18 @@ const SEED: u64 = 7;
 
 /// Flags of `slipstream demo`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Runs on the embedded pair unless --model and --draft-model name another. Streams five prompts of \
+Rust code, three greedy and two sampled, over gRPC from a server on a free loopback port; then \
+measures each of them plain and speculative, alone and eight at once, --repeats times.")]
 pub(super) struct DemoFlags {
-    /// Output tokens per completion
-    #[arg(long, value_name = "TOKENS", default_value_t = 96)]
+    /// Output tokens per completion, 3 or more
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        default_value_t = 96,
+        value_parser = clap::value_parser!(u16).range(PROPOSING_TOKENS_MIN..)
+    )]
     tokens: u16,
     /// Measurements of each kind; the table shows their medians
     #[arg(
@@ -69,8 +78,12 @@ const CASES: [Case; 5] = [
 
 /// Runs the demonstration.
 pub(super) async fn run(flags: DemoFlags) -> anyhow::Result<()> {
-    logging::start(LogFormat::Text, "warn")?;
-    let config = Config::new(&flags.model, OWN_SERVER_GRACE)?;
+    logging::start(LogFormat::Text, logging::QUIET)?;
+    let config = comparison_config(&flags.model)?;
+    if config.engine.draft_len_auto == 0 {
+        let problem = "0 never proposes, so there is nothing to compare: give 1 to 8";
+        return Err(ConfigError::new("draft-len", problem).into());
+    }
     let palette = Palette { colour: wants_colour() };
     writeln!(io::stdout(), "Starting a server on a free loopback port ...")?;
     let begun = Instant::now();
@@ -151,15 +164,11 @@ impl Demo {
             write!(io::stdout(), "{}", self.palette.dim(case.prompt))?;
             io::stdout().flush()?;
             let mut attribution = Attribution::default();
-            let mut written = Ok(());
             let request = self.request(case, SEED, auto());
             client::stream(self.client.clone(), request, |event| {
-                if written.is_ok() {
-                    written = write_tokens(event, &mut attribution, self.palette);
-                }
+                write_tokens(event, &mut attribution, self.palette)
             })
             .await?;
-            written?;
             writeln!(io::stdout(), "\n")?;
         }
         Ok(())
@@ -212,7 +221,7 @@ impl Demo {
         let mut calls = JoinSet::new();
         for (index, request) in requests.into_iter().enumerate() {
             let client = self.client.clone();
-            calls.spawn(async move { (index, client::stream(client, request, |_| {}).await) });
+            calls.spawn(async move { (index, client::stream(client, request, |_| Ok(())).await) });
         }
         let mut answers = vec![Completion::default(); num_requests];
         while let Some(answer) = calls.join_next().await {
@@ -229,14 +238,24 @@ impl Demo {
     }
 }
 
-fn median(values: &[f64]) -> f64 {
+fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     match sorted.len() {
-        0 => f64::NAN,
-        len if len % 2 == 1 => sorted[len / 2],
-        len => f64::midpoint(sorted[len / 2 - 1], sorted[len / 2]),
+        0 => None,
+        len if len % 2 == 1 => Some(sorted[len / 2]),
+        len => Some(f64::midpoint(sorted[len / 2 - 1], sorted[len / 2])),
     }
+}
+
+/// A quotient, where there is one.
+fn ratio(numerator: f64, denominator: f64) -> Option<f64> {
+    (denominator > 0.0).then(|| numerator / denominator)
+}
+
+/// A number with this many decimals and a unit; `-` where there is none.
+fn cell(value: Option<f64>, decimals: usize, unit: &str) -> String {
+    value.map_or("-".to_owned(), |value| format!("{value:.decimals$}{unit}"))
 }
 
 fn header() -> Vec<String> {
@@ -267,13 +286,14 @@ struct Row {
 }
 
 impl Row {
-    fn rates(&self) -> [f64; 2] {
+    fn rates(&self) -> [Option<f64>; 2] {
         [&self.plain, &self.speculative].map(|sample| median(&sample.tokens_per_second))
     }
 
-    fn is_slower(&self) -> bool {
+    /// Speculative over plain.
+    fn speedup(&self) -> Option<f64> {
         let [plain, speculative] = self.rates();
-        speculative < plain
+        ratio(speculative?, plain?)
     }
 
     fn cells(&self) -> Vec<String> {
@@ -283,13 +303,13 @@ impl Row {
         vec![
             self.name.clone(),
             self.temperature.map_or("-".to_owned(), |temperature| temperature.to_string()),
-            format!("{:.2}", median(&plain.first_token_ms)),
-            format!("{:.2}", median(&speculative.first_token_ms)),
-            format!("{plain_rate:.0}"),
-            format!("{rate:.0}"),
-            format!("{:.2}x", rate / plain_rate),
-            format!("{:.0}%", accepted / f64::from(speculative.proposed)),
-            format!("{:.2}", speculative.tokens as f64 / f64::from(speculative.steps)),
+            cell(median(&plain.first_token_ms), 2, ""),
+            cell(median(&speculative.first_token_ms), 2, ""),
+            cell(plain_rate, 0, ""),
+            cell(rate, 0, ""),
+            cell(self.speedup(), 2, "x"),
+            cell(ratio(accepted, f64::from(speculative.proposed)), 0, "%"),
+            cell(ratio(speculative.tokens as f64, f64::from(speculative.steps)), 2, ""),
             if self.difference.is_none() { "yes".to_owned() } else { "NO".to_owned() },
         ]
     }
@@ -303,7 +323,8 @@ fn write_report(out: &mut impl Write, rows: &[Row]) -> io::Result<()> {
     writeln!(
         out,
         "\nTTFT: time from sending the request to its first token, plain and speculative.\n\
-         tokens/s: after the first token; for {BATCH} at once, all tokens over the whole time.\n\
+         tokens/s: after the first token, by the server's clock; for {BATCH} at once, all tokens\n\
+         over the whole time.\n\
          accepted: share of proposed tokens that the verifier chose, too.\n\
          tokens/step: tokens per run of the verifier; plain decoding gives 1.\n"
     )?;
@@ -312,10 +333,15 @@ fn write_report(out: &mut impl Write, rows: &[Row]) -> io::Result<()> {
             writeln!(out, "DIFFERENT in {}: {difference}", row.name)?;
         }
     }
+    if rows.iter().all(|row| row.speculative.proposed == 0) {
+        return writeln!(out, "Nothing was proposed, so there is nothing to compare.");
+    }
     if rows.iter().all(|row| row.difference.is_none()) {
         writeln!(out, "Every completion has the same bytes with speculation and without.")?;
     }
-    match rows.iter().filter(|row| row.is_slower()).count() {
+    let speedups: Vec<f64> = rows.iter().filter_map(Row::speedup).collect();
+    match speedups.iter().filter(|speedup| **speedup < 1.0).count() {
+        0 if speedups.len() < rows.len() => Ok(()), // too short to tell
         0 => writeln!(out, "Speculation was faster in every row."),
         slower => writeln!(
             out,

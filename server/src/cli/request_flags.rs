@@ -57,16 +57,20 @@ pub(super) struct RequestFlags {
     /// Add BIAS to the logit of token ID; may be given several times
     #[arg(long = "logit-bias", value_name = "ID=BIAS")]
     logit_bias: Vec<Bias>,
-    /// Draft length: `auto`, `off`, or a number of tokens
+    /// Output already received, as ids joined by commas: goes on behind it. Needs the same --seed
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    output_prefix: Vec<u32>,
+    /// Draft length: `auto`, `off`, or a number of tokens, 0 to 8
     #[arg(long, value_name = "MODE", default_value = "auto")]
     speculation: SpeculationFlag,
 }
 
 impl RequestFlags {
     /// The wire request for a prompt.
-    pub(super) fn request(&self, prompt: String) -> v1::GenerateRequest {
+    pub(super) fn request(&self, prompt: Prompt) -> v1::GenerateRequest {
         v1::GenerateRequest {
-            prompt: Some(Prompt::Text(prompt)),
+            prompt: Some(prompt),
+            output_prefix: self.output_prefix.clone(),
             max_tokens: self.max_tokens,
             min_tokens: self.min_tokens,
             ignore_eos: self.ignore_eos,

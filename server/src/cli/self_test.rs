@@ -9,11 +9,11 @@ use slipstream_proto::v1::generate_request::Prompt;
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
-use super::OWN_SERVER_GRACE;
 use super::client::{self, Completion};
 use super::compare::first_difference;
 use super::request_flags::{auto, fixed, off};
-use crate::config::{Config, ConfigError, LogFormat, ModelFlags};
+use super::{PROPOSING_TOKENS_MIN, comparison_config};
+use crate::config::{LogFormat, ModelFlags};
 use crate::local::LocalServer;
 use crate::logging;
 
@@ -34,8 +34,13 @@ const PROMPTS: [&str; 4] = [
 /// Flags of `slipstream self-test`.
 #[derive(Debug, clap::Args)]
 pub(super) struct SelfTestFlags {
-    /// Output tokens per completion
-    #[arg(long, value_name = "TOKENS", default_value_t = 64)]
+    /// Output tokens per completion, 3 or more
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        default_value_t = 64,
+        value_parser = clap::value_parser!(u16).range(PROPOSING_TOKENS_MIN..)
+    )]
     tokens: u16,
     /// Prompts to complete; may be given several times
     #[arg(long = "prompt", value_name = "TEXT")]
@@ -52,16 +57,14 @@ struct Findings {
     num_different: usize,
     proposed: u32,
     accepted: u32,
+    /// Speculative modes in which nothing was proposed, so that they compared plain with plain.
+    silent: Vec<String>,
 }
 
 /// Compares, and fails at any difference.
 pub(super) async fn run(flags: SelfTestFlags) -> anyhow::Result<()> {
-    logging::start(LogFormat::Text, "warn")?;
-    let config = Config::new(&flags.model, OWN_SERVER_GRACE)?;
-    if config.models.draft.is_none() {
-        let problem = "the self-test compares with and without a draft: name one";
-        return Err(ConfigError::new("draft-model", problem).into());
-    }
+    logging::start(LogFormat::Text, logging::QUIET)?;
+    let config = comparison_config(&flags.model)?;
     writeln!(io::stdout(), "Loading ...")?;
     let server = LocalServer::start(config).await?;
     let client = client::client(server.channel());
@@ -111,7 +114,10 @@ async fn compare_all(
             }
             let answers = answers(client, with_mode(requests, *mode), batch).await?;
             let label = format!("batch {batch}, {name}");
-            compare(&label, &plain, &answers, &mut findings)?;
+            let num_proposed = compare(&label, &plain, &answers, &mut findings)?;
+            if *mode != off() && num_proposed == 0 {
+                findings.silent.push(label);
+            }
         }
     }
     Ok(findings)
@@ -135,7 +141,7 @@ async fn answers(
         while calls.len() < batch {
             let Some((index, request)) = waiting.next() else { break };
             let client = client.clone();
-            calls.spawn(async move { (index, client::stream(client, request, |_| {}).await) });
+            calls.spawn(async move { (index, client::stream(client, request, |_| Ok(())).await) });
         }
         let Some(answer) = calls.join_next().await else { return Ok(answers) };
         let (index, completion) = answer?;
@@ -143,13 +149,13 @@ async fn answers(
     }
 }
 
-/// Compares answers with plain decoding and prints a line.
+/// Compares answers with plain decoding and prints a line. Returns how many tokens were proposed.
 fn compare(
     label: &str,
     plain: &[Completion],
     answers: &[Completion],
     findings: &mut Findings,
-) -> io::Result<()> {
+) -> io::Result<u32> {
     let mut out = io::stdout().lock();
     let (mut proposed, mut accepted, mut num_same) = (0, 0, 0);
     for (index, (plain, answer)) in plain.iter().zip(answers).enumerate() {
@@ -170,7 +176,8 @@ fn compare(
         out,
         "{label:<24} {num_same} of {} the same, {accepted} of {proposed} proposed tokens accepted",
         answers.len()
-    )
+    )?;
+    Ok(proposed)
 }
 
 fn conclude(findings: &Findings) -> anyhow::Result<()> {
@@ -185,6 +192,18 @@ fn conclude(findings: &Findings) -> anyhow::Result<()> {
     )?;
     if findings.num_different > 0 {
         anyhow::bail!("{} completions differ from plain decoding", findings.num_different);
+    }
+    if findings.proposed == 0 {
+        anyhow::bail!(
+            "nothing was ever proposed, so the comparison shows nothing: allow longer completions \
+             with --tokens, or more rows with --step-tokens"
+        );
+    }
+    if !findings.silent.is_empty() {
+        anyhow::bail!(
+            "nothing was proposed in: {}. The log above says why if the draft failed",
+            findings.silent.join("; ")
+        );
     }
     if findings.accepted == 0 {
         anyhow::bail!(

@@ -5,7 +5,8 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::net::TcpListener;
 
-use crate::config::{Config, ServeFlags};
+use super::address::Address;
+use crate::config::{Config, ConfigError, ServeFlags};
 use crate::logging;
 use crate::shutdown::Signals;
 
@@ -13,12 +14,31 @@ use crate::shutdown::Signals;
 pub(super) async fn run(flags: ServeFlags) -> anyhow::Result<()> {
     logging::start(flags.log_format, &flags.log)?;
     let config = Config::new(&flags.model, Duration::from_secs(flags.grace_seconds))?;
-    let listener = TcpListener::bind(flags.listen).await.with_context(|| {
-        format!("cannot listen on {}: choose another address with --listen", flags.listen)
-    })?;
-    tracing::info!(address = %listener.local_addr()?, "listening");
+    let address = Address::to_listen_on(&flags.listen)
+        .map_err(|problem| ConfigError::new("listen", problem.to_string()))?;
+    let listener = listen(&address).await?;
+    let bound = listener.local_addr()?;
+    if !bound.ip().is_loopback() {
+        tracing::warn!(
+            address = %bound,
+            "reachable from other machines, without TLS and authentication: put a proxy before it \
+             unless everybody on that network may use it"
+        );
+    }
+    tracing::info!(address = %bound, "listening");
     let signals = Signals::listen()?;
     crate::run::run(config, listener, signals.first()).await?;
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Listens on the first address of the host that can be had.
+async fn listen(address: &Address) -> anyhow::Result<TcpListener> {
+    let resolved = tokio::net::lookup_host((address.host.as_str(), address.port)).await;
+    let resolved: Vec<_> = resolved
+        .with_context(|| format!("cannot resolve the host {:?} of --listen", address.host))?
+        .collect();
+    TcpListener::bind(&resolved[..]).await.with_context(|| {
+        format!("cannot listen on {address}: choose another address with --listen")
+    })
 }
