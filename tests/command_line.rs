@@ -3,7 +3,6 @@
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Write};
-use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
@@ -13,22 +12,13 @@ use slipstream_tests::client::{Client, block_on, greedy};
 
 const PROMPT: &str = "fn main() {\n    let mut ";
 
-/// The program beside the tests. Building the tests alone does not build it.
-fn program() -> PathBuf {
-    let tests = std::env::current_exe().unwrap();
-    let folder = tests.parent().and_then(|deps| deps.parent()).unwrap();
-    let path = folder.join(format!("slipstream{}", std::env::consts::EXE_SUFFIX));
-    assert!(
-        path.is_file(),
-        "{} is not there: run `cargo test --release --workspace`, which builds it",
-        path.display()
-    );
-    path
-}
+/// The server's own main program, which this package builds under another name: cargo builds no
+/// other package's programs for a test.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_slipstream-under-test");
 
 /// A command that no setting of the environment changes.
 fn slipstream(args: &[&str]) -> Command {
-    let mut command = Command::new(program());
+    let mut command = Command::new(PROGRAM);
     let is_ours = |name: &OsStr| name.to_string_lossy().starts_with("SLIPSTREAM_");
     for (name, _) in std::env::vars_os().filter(|(name, _)| is_ours(name)) {
         command.env_remove(name);
