@@ -173,6 +173,7 @@ def write_golden(network: Llama, tokenizer: Tokenizer, gguf_path: Path, path: Pa
 def ship(networks: dict[str, Llama], text: Text, facts: dict, arguments: argparse.Namespace) -> None:
     """Measures the pair as stored and writes every file of the repository."""
     arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments.fixtures.mkdir(parents=True, exist_ok=True)
     stored = {role: as_stored(network) for role, network in networks.items()}
     figures = evaluate_pair(stored["verifier"], stored["draft"], text.validation, token_byte_lengths(text.tokenizer))
     print(json.dumps(figures, indent=2))
