@@ -12,6 +12,7 @@ use slipstream_model::clock::Clock;
 use slipstream_model::config::LlamaConfig;
 use slipstream_model::ids::{BLOCK_LEN, DraftEpoch};
 use slipstream_model::kernels::{Isa, NUMERICS_VERSION};
+use slipstream_model::kv_pool::KvPool;
 use slipstream_model::load::{
     LoadError, LoadOptions, LoadProgress, LoadStage, LoadedModel, ModelSource, WeightFormat, load,
 };
@@ -29,8 +30,6 @@ use crate::grpc::service::Backend;
 
 /// Memory of the verifier's KV pool unless configured.
 const KV_BYTES_DEFAULT_MAX: u64 = 1 << 30;
-/// Bytes of one number in the KV pool.
-const KV_NUMBER_BYTES: u64 = 4;
 /// Epoch of the draft that the server starts with.
 const FIRST_EPOCH: DraftEpoch = DraftEpoch(1);
 /// What messages call the models.
@@ -278,8 +277,8 @@ fn short_hex(bytes: &[u8; 32]) -> String {
 
 /// Memory of one KV block.
 fn block_bytes(config: &LlamaConfig) -> u64 {
-    let numbers = 2 * config.num_layers * config.kv_len() * BLOCK_LEN;
-    numbers as u64 * KV_NUMBER_BYTES
+    let bytes = KvPool::num_bytes_for(config, 1).expect("the loader bounds every length");
+    bytes as u64
 }
 
 /// Blocks of the verifier's pool.

@@ -30,7 +30,7 @@ use packed::{F32Lanes, QuantTile, ScaleLanes, StripOutput};
 pub const NUMERICS_VERSION: u32 = 1;
 
 /// Numbers that share one scale in the Q8_0 product, of weights and of activations.
-pub const QUANT_BLOCK_LEN: usize = 32;
+pub const QUANT_BLOCK_LEN: usize = crate::weights::Q8_0_BLOCK_LEN;
 
 /// Absolute positions per attention split: split `s` covers `SPLIT_LEN * s ..`. Part of the bits.
 pub const SPLIT_LEN: usize = 256;

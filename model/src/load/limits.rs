@@ -39,7 +39,7 @@ pub const MAX_FFN_LEN: usize = 1 << 19;
 /// Most query heads.
 pub const MAX_HEADS: usize = 1024;
 /// Widest head.
-pub const MAX_HEAD_DIM: usize = 1024;
+pub const MAX_HEAD_DIM: usize = crate::attention::HEAD_DIM_MAX;
 /// Longest context in positions.
 pub const MAX_CONTEXT_LEN: usize = 1 << 21;
 /// Most ids that end a completion.

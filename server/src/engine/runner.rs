@@ -33,12 +33,6 @@ impl EngineThread {
     pub fn join(self) -> thread::Result<()> {
         self.thread.join()
     }
-
-    /// Whether the thread has ended, which before a `stop` means that it panicked.
-    #[must_use]
-    pub fn is_finished(&self) -> bool {
-        self.thread.is_finished()
-    }
 }
 
 /// Moves `engine` to a thread of its own that serves at most `max_requests` live requests.
