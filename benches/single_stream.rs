@@ -14,7 +14,7 @@ use slipstream_benches::stats::Spread;
 use slipstream_model::clock::{Clock, MonotonicClock};
 use slipstream_model::ids::{SequenceId, TokenId};
 use slipstream_model::sampling::SamplingParams;
-use slipstream_server::config::{Config, ModelFlags};
+use slipstream_server::config::{Config, EdgeConfig, ModelFlags};
 use slipstream_server::engine::Engine;
 use slipstream_server::engine::event::{Event, Finished};
 use slipstream_server::engine::request::{Request, Speculation};
@@ -70,7 +70,7 @@ struct Bench {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let clock: Arc<dyn Clock> = Arc::new(MonotonicClock::start());
-    let config = Config::new(&args.model, Duration::ZERO)?;
+    let config = Config::new(&args.model, EdgeConfig::with_grace(Duration::ZERO))?;
     let assembly = assemble(&config, Arc::clone(&clock))?;
     let tokenizer = assembly.tokenizer();
     let encode = |text: &&str| tokenizer.encode(text, true).context("tokenising a prompt");

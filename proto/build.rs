@@ -4,7 +4,11 @@
 use std::error::Error;
 use std::path::PathBuf;
 
-const PROTOS: [&str; 1] = ["slipstream/v1/slipstream.proto"];
+const PROTOS: [&str; 3] = [
+    "slipstream/v1/slipstream.proto",
+    "slipstream/v1/models.proto",
+    "slipstream/v1/tokenization.proto",
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     for proto in PROTOS {
@@ -13,7 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out_dir = PathBuf::from(std::env::var("OUT_DIR")?);
     let mut compiler = protox::Compiler::new(["."])?;
     compiler.include_source_info(true).include_imports(true).open_files(PROTOS)?;
-    // The encoded set is for server reflection, which is not served yet.
+    // The encoded set is for server reflection.
     std::fs::write(out_dir.join("slipstream.bin"), compiler.encode_file_descriptor_set())?;
     tonic_prost_build::configure().compile_fds(compiler.file_descriptor_set())?;
     Ok(())

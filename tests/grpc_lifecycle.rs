@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use slipstream_proto::v1;
 use slipstream_proto::v1::generate_event::Event;
-use slipstream_server::config::{Config, ModelFlags};
+use slipstream_server::config::{Config, EdgeConfig, ModelFlags};
 use slipstream_server::local::{LocalServer, LocalServerError, connect};
 use slipstream_server::{RunError, StartupError};
 use slipstream_tests::client::{
@@ -275,7 +275,7 @@ async fn open_streams(client: &Client, num: u64) -> Vec<Streaming<v1::GenerateEv
 fn a_drain_lets_running_requests_finish() {
     block_on(async {
         let mut settings = config(|_| {});
-        settings.grace = Duration::from_secs(600); // the drain ends as soon as the requests do
+        settings.edge.grace = Duration::from_secs(600); // the drain ends as soon as the requests do
         let server = LocalServer::start(settings).await.unwrap();
         let address = format!("http://{}", server.address());
         let streams = open_streams(&client(&server), 16).await;
@@ -331,7 +331,7 @@ async fn read_on(
 fn what_the_grace_does_not_cover_ends_as_unavailable_and_can_go_on_elsewhere() {
     block_on(async {
         let mut settings = config(|_| {});
-        settings.grace = Duration::ZERO;
+        settings.edge.grace = Duration::ZERO;
         let server = LocalServer::start(settings).await.unwrap();
         let request = |seed: u64| sampled(PROMPT, 900, seed);
         // 32 long completions together take far longer than the stop.
@@ -369,7 +369,7 @@ async fn start_error(change: impl FnOnce(&mut ModelFlags)) -> StartupError {
         change(&mut flags);
         flags
     };
-    let config = Config::new(&flags, Duration::ZERO).unwrap();
+    let config = Config::new(&flags, EdgeConfig::with_grace(Duration::ZERO)).unwrap();
     match LocalServer::start(config).await {
         Err(LocalServerError::Run(RunError::Startup(error))) => error,
         other => panic!("expected a startup error, got {other:?}"),

@@ -1,7 +1,7 @@
 //! The wire format: messages, clients and servers generated from the files under `slipstream/`.
 //! Nothing here is written by hand; units and limits stand in the protocol files' comments.
 
-/// `slipstream.v1`: completions.
+/// `slipstream.v1`: completions, models, tokenization.
 #[allow(
     missing_docs,
     unreachable_pub,

@@ -8,6 +8,7 @@ use std::time::Duration;
 use slipstream_model::load::DEFAULT_MEMORY_BUDGET_BYTES;
 
 use crate::engine::EngineConfig;
+use crate::net::settings::NetConfig;
 
 /// Threads that one network may use.
 const THREADS_MAX: usize = 256;
@@ -213,8 +214,44 @@ pub struct Config {
     pub models: ModelConfig,
     /// The engine.
     pub engine: EngineConfig,
+    /// The side that clients see.
+    pub edge: EdgeConfig,
+}
+
+/// Checked settings of the side that clients see.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EdgeConfig {
     /// How long running requests may take to finish at shutdown.
     pub grace: Duration,
+    /// A completion whose client takes nothing for this long, although there is something to take,
+    /// is ended.
+    pub stall_limit: Duration,
+    /// One request message, in bytes.
+    pub message_bytes_max: usize,
+    /// Whether gRPC messages may be compressed with gzip, in both directions.
+    pub gzip: bool,
+    /// Connections.
+    pub net: NetConfig,
+}
+
+impl EdgeConfig {
+    /// The defaults, with this grace.
+    #[must_use]
+    pub fn with_grace(grace: Duration) -> Self {
+        Self { grace, ..Self::default() }
+    }
+}
+
+impl Default for EdgeConfig {
+    fn default() -> Self {
+        Self {
+            grace: Duration::from_secs(30),
+            stall_limit: Duration::from_secs(30),
+            message_bytes_max: crate::grpc::limits::MESSAGE_BYTES_MAX,
+            gzip: false,
+            net: NetConfig::default(),
+        }
+    }
 }
 
 /// A setting that cannot be used. The message names the flag, the value and what would be allowed.
@@ -243,8 +280,8 @@ impl Config {
     ///
     /// # Errors
     /// [`ConfigError`] for the first one that cannot be used.
-    pub fn new(flags: &ModelFlags, grace: Duration) -> Result<Self, ConfigError> {
-        let grace_seconds = within("grace-seconds", grace.as_secs(), 0, GRACE_SECONDS_MAX)?;
+    pub fn new(flags: &ModelFlags, edge: EdgeConfig) -> Result<Self, ConfigError> {
+        within("grace-seconds", edge.grace.as_secs(), 0, GRACE_SECONDS_MAX)?;
         Ok(Self {
             models: models(flags)?,
             engine: EngineConfig {
@@ -255,7 +292,7 @@ impl Config {
                 draft_len_max: DRAFT_LEN_MAX,
                 ..EngineConfig::default()
             },
-            grace: Duration::from_secs(grace_seconds),
+            edge,
         })
     }
 
@@ -361,11 +398,10 @@ pub fn wants_colour() -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Config, ConfigError, KvSize, ModelChoice, ModelFlags};
-    use std::time::Duration;
+    use super::{Config, ConfigError, EdgeConfig, KvSize, ModelChoice, ModelFlags};
 
     fn check(flags: ModelFlags) -> Result<Config, ConfigError> {
-        Config::new(&flags, Duration::from_secs(1))
+        Config::new(&flags, EdgeConfig::default())
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The slipstream server: `run(config, listener, shutdown)` and the [`engine`] it runs.
 
+mod backend;
 pub mod cli;
 pub mod config;
 mod embedded;
@@ -8,9 +9,12 @@ mod grpc;
 pub mod handle;
 pub mod local;
 mod logging;
+mod net;
 mod run;
 mod shutdown;
+mod stage;
 pub mod startup;
 
+pub use net::settings::NetConfig;
 pub use run::{RunError, run};
 pub use startup::StartupError;

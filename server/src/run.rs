@@ -16,10 +16,11 @@ use tonic::server::NamedService;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
+use crate::backend::Backend;
 use crate::config::Config;
 use crate::engine::runner::EngineThread;
 use crate::grpc::calls::Calls;
-use crate::grpc::service::{Backend, CompletionsService};
+use crate::grpc::service::CompletionsService;
 use crate::grpc::transport;
 use crate::handle::EngineHandle;
 use crate::startup::{self, StartupError};
@@ -65,7 +66,7 @@ pub async fn run(
     report(&health, ServingStatus::NotServing).await;
     let backend = Arc::new(OnceLock::new());
     let mut server = Server::start(listener, Arc::clone(&backend), health);
-    let grace = config.grace;
+    let grace = config.edge.grace;
     let mut loading = off_the_runtime("loader", move || {
         startup::start(&config, Arc::new(MonotonicClock::start()))
     })?;

@@ -21,12 +21,12 @@ use slipstream_model::tokenizer::Tokenizer;
 use slipstream_model::transformer::{Transformer, TransformerOptions};
 use slipstream_model::weights::LlamaWeights;
 
+use crate::backend::Backend;
 use crate::config::{Config, KvSize, ModelChoice, ModelConfig, Quantize};
 use crate::embedded;
 use crate::engine::runner::{self, EngineThread};
 use crate::engine::{Engine, EngineParts};
 use crate::grpc::served::ServedModel;
-use crate::grpc::service::Backend;
 
 /// Memory of the verifier's KV pool unless configured.
 const KV_BYTES_DEFAULT_MAX: u64 = 1 << 30;

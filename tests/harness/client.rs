@@ -8,7 +8,7 @@ use slipstream_proto::v1::completions_client::CompletionsClient;
 use slipstream_proto::v1::generate_event::Event;
 use slipstream_proto::v1::generate_request::Prompt;
 use slipstream_proto::v1::speculation::Mode;
-use slipstream_server::config::{Config, ModelFlags};
+use slipstream_server::config::{Config, EdgeConfig, ModelFlags};
 use slipstream_server::local::LocalServer;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
@@ -23,7 +23,8 @@ pub type Client = CompletionsClient<Channel>;
 pub fn config(change: impl FnOnce(&mut ModelFlags)) -> Config {
     let mut flags = ModelFlags::default();
     change(&mut flags);
-    Config::new(&flags, Duration::from_secs(20)).expect("the test's settings are valid")
+    Config::new(&flags, EdgeConfig::with_grace(Duration::from_secs(20)))
+        .expect("the test's settings are valid")
 }
 
 /// A ready server with the embedded pair.

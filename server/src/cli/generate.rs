@@ -13,7 +13,7 @@ use super::address::Address;
 use super::client::{self, Completion, StreamError};
 use super::request_flags::RequestFlags;
 use super::terminal::{Attribution, Palette, write_table};
-use crate::config::{Config, ConfigError, LogFormat, ModelFlags, wants_colour};
+use crate::config::{Config, ConfigError, EdgeConfig, LogFormat, ModelFlags, wants_colour};
 use crate::local::{LocalServer, connect};
 use crate::logging;
 
@@ -65,7 +65,7 @@ pub(super) async fn run(flags: GenerateFlags, model_flags_given: &[String]) -> a
             print_completion(client::client(channel), &flags).await
         }
         None => {
-            let config = Config::new(&flags.model, OWN_SERVER_GRACE)?;
+            let config = Config::new(&flags.model, EdgeConfig::with_grace(OWN_SERVER_GRACE))?;
             let server = LocalServer::start(config).await?;
             print_completion(client::client(server.channel()), &flags).await?;
             Ok(server.stop().await?)

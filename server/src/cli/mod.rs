@@ -19,7 +19,7 @@ use clap::parser::ValueSource;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use self::client::StreamError;
-use crate::config::{Config, ConfigError, ModelChoice, ModelFlags};
+use crate::config::{Config, ConfigError, EdgeConfig, ModelChoice, ModelFlags};
 use crate::logging::FilterError;
 
 /// Exit code of a command that could not do what it was asked to.
@@ -112,7 +112,7 @@ fn model_flags_given(flags: &clap::ArgMatches) -> Vec<String> {
 
 /// Settings for a command that compares with and without a draft.
 fn comparison_config(flags: &ModelFlags) -> Result<Config, ConfigError> {
-    let config = Config::new(flags, OWN_SERVER_GRACE)?;
+    let config = Config::new(flags, EdgeConfig::with_grace(OWN_SERVER_GRACE))?;
     let models =
         [("model", Some(&config.models.verifier)), ("draft-model", config.models.draft.as_ref())];
     for (flag, choice) in models {

@@ -6,14 +6,17 @@ use anyhow::Context;
 use tokio::net::TcpListener;
 
 use super::address::Address;
-use crate::config::{Config, ConfigError, ServeFlags};
+use crate::config::{Config, ConfigError, EdgeConfig, ServeFlags};
 use crate::logging;
 use crate::shutdown::Signals;
 
 /// Serves until a signal.
 pub(super) async fn run(flags: ServeFlags) -> anyhow::Result<()> {
     logging::start(flags.log_format, &flags.log)?;
-    let config = Config::new(&flags.model, Duration::from_secs(flags.grace_seconds))?;
+    let config = Config::new(
+        &flags.model,
+        EdgeConfig::with_grace(Duration::from_secs(flags.grace_seconds)),
+    )?;
     let address = Address::to_listen_on(&flags.listen)
         .map_err(|problem| ConfigError::new("listen", problem.to_string()))?;
     let listener = listen(&address).await?;

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use slipstream_model::clock::{Clock, Micros};
+use slipstream_model::clock::Micros;
 use slipstream_model::token_bytes::TokenBytes;
 use slipstream_proto::v1;
 use slipstream_proto::v1::completions_server::Completions;
@@ -18,14 +18,14 @@ use tokio::sync::Semaphore;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
+use crate::backend::Backend;
 use crate::engine::event::Event;
 use crate::grpc::calls::{CallGuard, Calls};
 use crate::grpc::events;
-use crate::grpc::served::ServedModel;
 use crate::grpc::status::CallError;
 use crate::grpc::timeout::time_allowed;
 use crate::grpc::validate::{Admission, Validated, validate};
-use crate::handle::{EngineHandle, RequestStream};
+use crate::handle::RequestStream;
 
 /// Requests that may be in validation at once. It bounds the memory that waiting prompts hold.
 const VALIDATING_MAX: usize = 512;
@@ -33,16 +33,6 @@ const VALIDATING_MAX: usize = 512;
 /// Prompt text above this many bytes is tokenised one request at a time: a handful of clients with
 /// huge prompts must not take all cores and memory from those with small ones.
 const LARGE_PROMPT_BYTES: usize = 64 * 1024;
-
-/// What answers requests once the models are loaded.
-pub(crate) struct Backend {
-    /// What requests are checked against.
-    pub(crate) model: Arc<ServedModel>,
-    /// Where requests go.
-    pub(crate) engine: EngineHandle,
-    /// The engine's clock.
-    pub(crate) clock: Arc<dyn Clock>,
-}
 
 /// The `Completions` service. Refuses everything until its backend is there.
 pub(crate) struct CompletionsService {
@@ -241,5 +231,12 @@ impl Completions for CompletionsService {
             completion.collect(started).await
         });
         Ok(Response::new(response.await?))
+    }
+
+    async fn abort(
+        &self,
+        _call: Request<v1::AbortRequest>,
+    ) -> Result<Response<v1::AbortResponse>, Status> {
+        Err(Status::unimplemented("not served yet"))
     }
 }
