@@ -10,12 +10,11 @@ use slipstream_server::config::{Config, EdgeConfig, ModelFlags};
 use slipstream_server::local::{LocalServer, LocalServerError, connect};
 use slipstream_server::{RunError, StartupError};
 use slipstream_tests::client::{
-    Client, block_on, client, complete, config, greedy, sampled, start, stream,
+    Client, block_on, client, complete, config, greedy, narrow_client, sampled, start, stream,
 };
 use slipstream_tests::held_loading::HeldLoading;
 use tokio::task::JoinSet;
 use tokio_stream::StreamExt;
-use tonic::transport::Endpoint;
 use tonic::{Code, Request, Status, Streaming};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -26,13 +25,6 @@ const PROMPT: &str = "use std::collections::HashMap;\n";
 const LONG: i32 = 1000;
 /// Far longer than anything here takes: only a server that hangs reaches it.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// A client whose connection takes so little output before it is read that a long request cannot
-/// end unread.
-async fn narrow_client(server: &LocalServer) -> Client {
-    let endpoint = Endpoint::from_shared(format!("http://{}", server.address())).unwrap();
-    Client::new(endpoint.initial_stream_window_size(512).connect().await.unwrap())
-}
 
 /// A request for as much output as there can be.
 fn long() -> v1::GenerateRequest {
@@ -110,7 +102,7 @@ fn a_full_server_says_so_at_once() {
             flags.max_waiting = 19;
         })
         .await;
-        let client = narrow_client(&server).await;
+        let client = narrow_client(&format!("http://{}", server.address())).await;
         let mut running = Vec::new();
         let status = loop {
             match client.clone().generate(long()).await {
@@ -146,7 +138,7 @@ async fn with_deadline(client: &Client, timeout: &'static str) -> Result<usize, 
 
 /// Opens `num` calls that are all alive at once, waiting for places that are still to come back.
 async fn open_at_once(server: &LocalServer, num: usize) -> Vec<Streaming<v1::GenerateEvent>> {
-    let client = narrow_client(server).await;
+    let client = narrow_client(&format!("http://{}", server.address())).await;
     let begun = Instant::now();
     let mut open = Vec::new();
     while open.len() < num {

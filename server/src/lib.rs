@@ -1,4 +1,4 @@
-//! The slipstream server: `run(config, listener, shutdown)` and the [`engine`] it runs.
+//! The slipstream server: `run(config, listeners, shutdown)` and the [`engine`] it runs.
 
 mod backend;
 pub mod cli;
@@ -10,11 +10,13 @@ pub mod handle;
 pub mod local;
 mod logging;
 mod net;
+mod notify;
 mod run;
 mod shutdown;
 mod stage;
 pub mod startup;
 
 pub use net::settings::NetConfig;
-pub use run::{RunError, run};
+pub use run::{Listeners, RunError, run};
+pub use shutdown::{Shutdown, Stopper};
 pub use startup::StartupError;

@@ -5,16 +5,14 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio_stream::StreamExt;
 use tonic::transport::{Channel, Endpoint};
-use tonic_health::pb::HealthCheckRequest;
-use tonic_health::pb::health_check_response::ServingStatus;
-use tonic_health::pb::health_client::HealthClient;
 
 use crate::config::Config;
-use crate::run::{RunError, run};
+use crate::run::{RunError, run_reporting};
+use crate::shutdown::{Shutdown, Stopper};
+use crate::stage::{self, Stage};
 
 /// Why a local server is not there.
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +36,8 @@ pub enum LocalServerError {
 pub struct LocalServer {
     address: SocketAddr,
     channel: Channel,
-    stop: oneshot::Sender<()>,
+    stopper: Stopper,
+    stage: watch::Receiver<Stage>,
     task: JoinHandle<Result<(), RunError>>,
 }
 
@@ -49,14 +48,13 @@ impl LocalServer {
     /// [`LocalServerError`] when it does not get that far.
     pub async fn start(config: Config) -> Result<Self, LocalServerError> {
         let mut server = Self::start_loading(config).await?;
-        let health = HealthClient::new(server.channel.clone());
-        tokio::select! {
-            () = until_serving(health) => Ok(server),
-            ended = &mut server.task => {
-                flatten(ended)?;
-                Err(LocalServerError::Ended)
-            }
+        // An error means that the server has ended, and with it the sender.
+        let has_begun = server.stage.wait_for(|stage| *stage != Stage::Loading).await.is_ok();
+        if has_begun {
+            return Ok(server);
         }
+        flatten(server.task.await)?;
+        Err(LocalServerError::Ended)
     }
 
     /// Starts a server that may still be loading when this returns.
@@ -66,16 +64,14 @@ impl LocalServer {
     pub async fn start_loading(config: Config) -> Result<Self, LocalServerError> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
-        let (stop, stopped) = oneshot::channel();
-        let shutdown = async move {
-            let _ = stopped.await; // a dropped sender means stop, too
-        };
-        let task = tokio::spawn(run(config, listener, shutdown));
+        let (stopper, shutdown) = Shutdown::new();
+        let (reported, stage) = stage::channel();
+        let task = tokio::spawn(run_reporting(config, listener.into(), shutdown, reported));
         match connect(&format!("http://{address}")).await {
-            Ok(channel) => Ok(Self { address, channel, stop, task }),
+            Ok(channel) => Ok(Self { address, channel, stopper, stage, task }),
             Err(unreachable) => {
                 // Most likely it has ended already, and knows better why.
-                drop(stop);
+                drop(stopper);
                 flatten(task.await)?;
                 Err(unreachable.into())
             }
@@ -94,12 +90,23 @@ impl LocalServer {
         self.channel.clone()
     }
 
+    /// Tells it to drain, and does not wait.
+    pub fn drain(&self) {
+        self.stopper.drain();
+    }
+
+    /// Tells it to end at once, and does not wait: [`stop`](Self::stop) then says
+    /// [`RunError::Forced`].
+    pub fn force(&self) {
+        self.stopper.force();
+    }
+
     /// Tells it to drain and waits for its end.
     ///
     /// # Errors
     /// What `run` returned.
     pub async fn stop(self) -> Result<(), LocalServerError> {
-        let _ = self.stop.send(()); // it may have ended by itself
+        self.stopper.drain();
         drop(self.channel);
         flatten(self.task.await)
     }
@@ -111,20 +118,6 @@ impl LocalServer {
 /// When the address is malformed or nobody listens there.
 pub async fn connect(address: &str) -> Result<Channel, tonic::transport::Error> {
     Endpoint::from_shared(address.to_owned())?.tcp_nodelay(true).connect().await
-}
-
-/// Resolves when the server says that it serves; never when it ends before.
-async fn until_serving(mut health: HealthClient<Channel>) {
-    let request = HealthCheckRequest { service: String::new() };
-    if let Ok(response) = health.watch(request).await {
-        let mut statuses = response.into_inner();
-        while let Some(Ok(status)) = statuses.next().await {
-            if status.status() == ServingStatus::Serving {
-                return;
-            }
-        }
-    }
-    std::future::pending().await
 }
 
 fn flatten(

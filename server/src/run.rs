@@ -1,38 +1,34 @@
-//! Owns the life of a server: serve health at once, load, serve requests, drain, end. Knows the
-//! order of these things; how each is done is in `startup.rs`, `grpc/` and the engine.
+//! Owns the life of a server: answer probes at once, load, serve requests, drain, end. Knows the
+//! order of these things; how each is done is in `startup.rs`, `grpc/`, `net/` and the engine.
 
-use std::future::Future;
+use std::convert::Infallible;
 use std::io;
-use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use slipstream_model::clock::MonotonicClock;
-use slipstream_proto::v1::completions_server::CompletionsServer;
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
-use tonic::server::NamedService;
-use tonic_health::ServingStatus;
-use tonic_health::server::HealthReporter;
+use tokio::sync::{oneshot, watch};
 
 use crate::backend::Backend;
-use crate::config::Config;
+use crate::config::{Config, EdgeConfig};
 use crate::engine::runner::EngineThread;
 use crate::grpc::calls::Calls;
-use crate::grpc::service::CompletionsService;
-use crate::grpc::transport;
+use crate::grpc::routes::{self, GrpcParts};
 use crate::handle::EngineHandle;
+use crate::net::files;
+use crate::net::listener::{Port, PortParts};
+use crate::net::stats::NetStats;
+use crate::shutdown::Shutdown;
+use crate::stage::{self, Stage};
 use crate::startup::{self, StartupError};
 
 /// How long connections may take to close once every call has its status.
 const CLOSING_GRACE: Duration = Duration::from_secs(1);
-
 /// How long the step in hand may take when the engine is told to stop.
 const ENGINE_GRACE: Duration = Duration::from_secs(60);
-
-/// Names that health is reported under: the whole server and its one service.
-const HEALTH_NAMES: [&str; 2] = ["", <CompletionsServer<CompletionsService> as NamedService>::NAME];
+/// The same for both, one after the other, when the server is told to end at once.
+const FORCED_GRACE: Duration = Duration::from_millis(400);
 
 /// Why a server ended other than by its shutdown signal.
 #[derive(Debug, thiserror::Error)]
@@ -40,46 +36,73 @@ pub enum RunError {
     /// The models or the engine could not be started.
     #[error(transparent)]
     Startup(#[from] StartupError),
-    /// The network side failed.
-    #[error("the network side failed: {0}")]
-    Transport(#[from] tonic::transport::Error),
     /// A thread could not be started.
     #[error("cannot start a thread: {0}")]
     Thread(#[source] io::Error),
     /// The engine thread panicked. Requests ended as UNAVAILABLE.
     #[error("the engine ended unexpectedly; its panic is on stderr")]
     EngineEnded,
+    /// The server was told to end at once while it was draining.
+    #[error("ended at once, as told: what was running was cut off")]
+    Forced,
 }
 
-/// Runs a server on `listener` until `shutdown` resolves: loads the models, serves, then lets
-/// running requests finish within the configured grace. Health says NOT_SERVING before and after.
+/// The ports of a server, bound already.
+#[derive(Debug)]
+pub struct Listeners {
+    /// For gRPC, and for HTTP unless that has its own.
+    pub main: TcpListener,
+    /// For HTTP: probes and metrics.
+    pub http: Option<TcpListener>,
+}
+
+impl From<TcpListener> for Listeners {
+    fn from(main: TcpListener) -> Self {
+        Self { main, http: None }
+    }
+}
+
+/// Runs a server on `listeners` until `shutdown` says so: loads the models, serves, then lets
+/// running requests finish within the configured grace. Probes hear that it is not ready before and
+/// after. What the grace does not cover ends as UNAVAILABLE, and that is no error.
 ///
 /// # Errors
-/// [`RunError`] when the server cannot start or dies.
+/// [`RunError`] when the server cannot start, dies, or is told to end at once.
 pub async fn run(
     config: Config,
-    listener: TcpListener,
-    shutdown: impl Future<Output = ()>,
+    listeners: impl Into<Listeners>,
+    shutdown: Shutdown,
 ) -> Result<(), RunError> {
-    let mut shutdown = pin!(shutdown);
-    let health = HealthReporter::new();
-    report(&health, ServingStatus::NotServing).await;
+    let (stage, _) = stage::channel();
+    run_reporting(config, listeners.into(), shutdown, stage).await
+}
+
+/// [`run`], and `stage` follows the server's life.
+pub(crate) async fn run_reporting(
+    config: Config,
+    listeners: Listeners,
+    mut shutdown: Shutdown,
+    stage: watch::Sender<Stage>,
+) -> Result<(), RunError> {
     let backend = Arc::new(OnceLock::new());
-    let mut server = Server::start(listener, Arc::clone(&backend), health);
+    let mut edge = Edge::open(listeners, &config.edge, Arc::clone(&backend), stage);
     let grace = config.edge.grace;
     let mut loading = off_the_runtime("loader", move || {
         startup::start(&config, Arc::new(MonotonicClock::start()))
     })?;
-
     let loaded = tokio::select! {
         loaded = &mut loading => loaded.map_err(|_| RunError::EngineEnded)?,
-        () = &mut shutdown => return server.close().await,
-        ended = &mut server.task => return transport_result(ended),
+        () = shutdown.drain() => {
+            edge.begin_drain();
+            edge.close(CLOSING_GRACE).await;
+            return Ok(());
+        }
+        never = edge.ended() => match never {},
     };
     let (ready, thread) = match loaded {
         Ok(loaded) => loaded,
         Err(error) => {
-            server.close().await?;
+            edge.close(CLOSING_GRACE).await;
             return Err(error.into());
         }
     };
@@ -87,133 +110,144 @@ pub async fn run(
     let mut engine_end = watch(thread)?;
     // The cell is filled here and nowhere else.
     let _ = backend.set(ready);
-    report(&server.health, ServingStatus::Serving).await;
+    edge.stage.send_replace(Stage::Serving);
     tracing::info!("ready");
-
     tokio::select! {
-        () = &mut shutdown => drain(server, &engine, engine_end, grace).await,
+        () = shutdown.drain() => {}
         _ = &mut engine_end => {
-            server.close().await?;
-            Err(RunError::EngineEnded)
+            edge.begin_drain();
+            edge.close(CLOSING_GRACE).await;
+            return Err(RunError::EngineEnded);
         }
-        ended = &mut server.task => {
-            engine.stop();
-            transport_result(ended)
-        }
+        never = edge.ended() => match never {},
     }
+    Drain { edge, engine, engine_end, shutdown }.run(grace).await
 }
 
-/// Lets running requests finish, ends the rest, and waits for the engine.
-async fn drain(
-    server: Server,
-    engine: &EngineHandle,
+/// The last part of a server's life.
+struct Drain {
+    edge: Edge,
+    engine: EngineHandle,
     engine_end: oneshot::Receiver<bool>,
-    grace: Duration,
-) -> Result<(), RunError> {
-    tracing::info!(running = engine.num_live(), grace_s = grace.as_secs(), "draining");
-    engine.drain();
-    let closed = server.finish(grace).await;
-    engine.stop();
-    // The engine looks at its queue between steps, and a step may be long: its requests have their
-    // ends only when it has ended, and connections close only behind that.
-    let ended = tokio::time::timeout(ENGINE_GRACE, engine_end).await;
-    let result = match closed {
-        Ok(result) => result,
-        Err(unfinished) => {
-            tracing::warn!("grace is over: the rest was ended");
-            unfinished.close().await
+    shutdown: Shutdown,
+}
+
+/// How the wait for running calls ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Waited {
+    /// There are none left.
+    Finished,
+    /// Some are left.
+    GraceOver,
+    /// Some may be left, and nobody waits for them.
+    Forced,
+}
+
+impl Drain {
+    /// Lets running requests finish, ends the rest, and waits for the engine.
+    async fn run(mut self, grace: Duration) -> Result<(), RunError> {
+        tracing::info!(running = self.engine.num_live(), grace_s = grace.as_secs(), "draining");
+        self.engine.drain();
+        self.edge.begin_drain();
+        let mut waited = tokio::select! {
+            biased;
+            () = self.shutdown.force() => Waited::Forced,
+            () = self.edge.calls.all_ended() => Waited::Finished,
+            () = tokio::time::sleep(grace) => Waited::GraceOver,
+        };
+        if waited == Waited::GraceOver {
+            tracing::warn!(running = self.engine.num_live(), "grace is over: the rest is ended");
         }
-    };
-    match ended {
-        Ok(Ok(true)) => result,
-        Ok(_) | Err(_) => Err(RunError::EngineEnded),
+        // The engine looks at its queue between steps, and a step may be long: its requests have
+        // their ends only when it has ended, and connections close only behind that.
+        self.engine.stop();
+        let ended = tokio::select! {
+            ended = tokio::time::timeout(ENGINE_GRACE, &mut self.engine_end) => ended,
+            () = self.shutdown.force() => {
+                waited = Waited::Forced;
+                tokio::time::timeout(FORCED_GRACE, &mut self.engine_end).await
+            }
+        };
+        let closing_grace = match waited {
+            Waited::Finished | Waited::GraceOver => CLOSING_GRACE,
+            Waited::Forced => FORCED_GRACE,
+        };
+        self.edge.close(closing_grace).await;
+        match (waited, ended) {
+            (Waited::Forced, _) => Err(RunError::Forced),
+            (Waited::Finished | Waited::GraceOver, Ok(Ok(true))) => Ok(()),
+            (Waited::Finished | Waited::GraceOver, _) => Err(RunError::EngineEnded),
+        }
     }
 }
 
-/// The network side: one task that ends when it was told to and its connections have closed.
-struct Server {
-    task: JoinHandle<Result<(), tonic::transport::Error>>,
-    stop: Option<oneshot::Sender<()>>,
-    health: HealthReporter,
+/// The side that clients see: the ports, and what the server says about itself.
+struct Edge {
+    main: Port,
+    http: Option<Port>,
+    stage: watch::Sender<Stage>,
     calls: Calls,
 }
 
-impl Server {
-    fn start(
-        listener: TcpListener,
+impl Edge {
+    fn open(
+        listeners: Listeners,
+        config: &EdgeConfig,
         backend: Arc<OnceLock<Backend>>,
-        health: HealthReporter,
+        stage: watch::Sender<Stage>,
     ) -> Self {
-        let (stop, stopped) = oneshot::channel();
-        let stopped = async move {
-            let _ = stopped.await; // a dropped sender means stop, too
-        };
         let calls = Calls::new();
-        let service = CompletionsService::new(backend, calls.clone());
-        let serving = transport::serve(listener, service, health.clone(), stopped);
-        Self { task: tokio::spawn(serving), stop: Some(stop), health, calls }
+        let grpc = routes::routes(GrpcParts {
+            backend,
+            calls: calls.clone(),
+            stage: stage.subscribe(),
+            message_bytes_max: config.message_bytes_max,
+        });
+        let http = axum::Router::new();
+        let stats = Arc::new(NetStats::default());
+        let num_ports = 1 + usize::from(listeners.http.is_some());
+        let connections_max = files::make_room(config.net.connections_max * num_ports) / num_ports;
+        let net = Arc::new(config.net.clone());
+        let parts = |router: axum::Router| PortParts {
+            config: Arc::clone(&net),
+            connections_max: connections_max.max(1),
+            router,
+            stats: Arc::clone(&stats),
+        };
+        let (main, http) = match listeners.http {
+            None => (Port::open(listeners.main, parts(grpc.merge(http))), None),
+            Some(listener) => {
+                let http = Port::open(listener, parts(http));
+                (Port::open(listeners.main, parts(grpc)), Some(http))
+            }
+        };
+        Self { main, http, stage, calls }
     }
 
-    /// Stops accepting, tells every peer, and waits for the calls in progress. Gives itself back
-    /// when they are not done within `grace`. A peer without a call that leaves its connection open
-    /// is not waited for.
-    async fn finish(mut self, grace: Duration) -> Result<Result<(), RunError>, Self> {
-        self.stop_accepting().await;
-        let calls = self.calls.clone();
-        let quiet = async {
-            calls.all_ended().await;
-            tokio::time::sleep(CLOSING_GRACE).await;
-        };
-        tokio::select! {
-            ended = &mut self.task => Ok(transport_result(ended)),
-            over = tokio::time::timeout(grace, quiet) => match over {
-                Ok(()) => {
-                    self.task.abort();
-                    Ok(Ok(()))
-                }
-                Err(_) => Err(self),
+    /// Says everywhere that the server goes. The ports stay open: a probe is to hear that, not to
+    /// find nobody.
+    fn begin_drain(&self) {
+        self.stage.send_replace(Stage::Draining);
+        self.main.tell_to_go();
+    }
+
+    /// Stops accepting, and cuts what has not closed within `grace`.
+    async fn close(self, grace: Duration) {
+        self.main.close(tokio::time::sleep(grace)).await;
+        if let Some(http) = self.http {
+            http.close(std::future::ready(())).await;
+        }
+    }
+
+    /// Passes a port's panic on.
+    async fn ended(&mut self) -> Infallible {
+        match &mut self.http {
+            None => self.main.ended().await,
+            Some(http) => tokio::select! {
+                never = self.main.ended() => never,
+                never = http.ended() => never,
             },
         }
-    }
-
-    /// Stops accepting and gives the connections a moment to close.
-    async fn close(mut self) -> Result<(), RunError> {
-        self.stop_accepting().await;
-        match tokio::time::timeout(CLOSING_GRACE, &mut self.task).await {
-            Ok(ended) => transport_result(ended),
-            Err(_) => {
-                self.task.abort();
-                Ok(())
-            }
-        }
-    }
-
-    /// Health watchers learn that the server goes, then their streams end: they must not hold up
-    /// the end of their connections.
-    async fn stop_accepting(&mut self) {
-        report(&self.health, ServingStatus::NotServing).await;
-        if let Some(stop) = self.stop.take() {
-            let _ = stop.send(()); // the task may have ended by itself
-        }
-        for name in HEALTH_NAMES {
-            self.health.clear_service_status(name).await;
-        }
-    }
-}
-
-async fn report(health: &HealthReporter, status: ServingStatus) {
-    for name in HEALTH_NAMES {
-        health.set_service_status(name, status).await;
-    }
-}
-
-fn transport_result(
-    ended: Result<Result<(), tonic::transport::Error>, tokio::task::JoinError>,
-) -> Result<(), RunError> {
-    match ended {
-        Ok(result) => Ok(result?),
-        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        Err(_) => Ok(()), // cut after its grace
     }
 }
 

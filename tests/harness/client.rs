@@ -10,7 +10,7 @@ use slipstream_proto::v1::generate_request::Prompt;
 use slipstream_proto::v1::speculation::Mode;
 use slipstream_server::config::{Config, EdgeConfig, ModelFlags};
 use slipstream_server::local::LocalServer;
-use tonic::transport::Channel;
+use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 /// A client of the service under test.
@@ -162,4 +162,15 @@ pub async fn stream(client: &Client, request: v1::GenerateRequest) -> Result<Ans
 /// The call's status.
 pub async fn complete(client: &Client, request: v1::GenerateRequest) -> Result<Answer, Status> {
     Ok(client.clone().complete(request).await?.into_inner().into())
+}
+
+/// A client on a connection of its own that takes so little output before it is read that a long
+/// request cannot end unread.
+///
+/// # Panics
+/// When nobody listens there.
+pub async fn narrow_client(url: &str) -> Client {
+    let endpoint = Endpoint::from_shared(url.to_owned()).expect("a URL");
+    let channel = endpoint.initial_stream_window_size(512).connect().await;
+    Client::new(channel.expect("somebody listens there"))
 }

@@ -1,4 +1,4 @@
-//! `slipstream serve`: listen, run, drain at the first signal.
+//! `slipstream serve`: listen, run, drain at the first signal, end at once at the second.
 
 use std::time::Duration;
 
@@ -7,8 +7,9 @@ use tokio::net::TcpListener;
 
 use super::address::Address;
 use crate::config::{Config, ConfigError, EdgeConfig, ServeFlags};
-use crate::logging;
+use crate::run::run_reporting;
 use crate::shutdown::Signals;
+use crate::{logging, notify, stage};
 
 /// Serves until a signal.
 pub(super) async fn run(flags: ServeFlags) -> anyhow::Result<()> {
@@ -30,7 +31,9 @@ pub(super) async fn run(flags: ServeFlags) -> anyhow::Result<()> {
     }
     tracing::info!(address = %bound, "listening");
     let signals = Signals::listen()?;
-    crate::run::run(config, listener, signals.first()).await?;
+    let (reported, stage) = stage::channel();
+    tokio::spawn(notify::follow(stage));
+    run_reporting(config, listener.into(), signals.shutdown(), reported).await?;
     tracing::info!("stopped");
     Ok(())
 }

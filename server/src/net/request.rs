@@ -1,0 +1,231 @@
+//! Owns the requests in progress of one connection: how many there are, since when there are none,
+//! and whose peer takes nothing of the answer. Knows no routes and no sockets.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response, Version};
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use hyper::rt::Executor;
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+use tower::Service as _;
+
+/// The peer has everything that there is so far.
+const WAITING: u64 = 0;
+
+/// What the requests of one connection leave behind for whoever decides about it.
+#[derive(Debug)]
+pub(super) struct Traffic {
+    /// Times below are milliseconds since then.
+    begun_at: Instant,
+    num_begun: AtomicU64,
+    in_progress: AtomicUsize,
+    idle_since_ms: AtomicU64,
+    data_frames: AtomicU64,
+    answers: Mutex<Vec<Weak<Answer>>>,
+    /// The answer whose HTTP/2 stream hyper is about to give to the executor.
+    handed_over: Mutex<Option<Arc<Answer>>>,
+}
+
+/// How far one answer is.
+#[derive(Debug)]
+struct Answer {
+    /// [`WAITING`], or when the frame that the peer is to take was there, plus one.
+    delivered_ms: AtomicU64,
+    /// The task of its HTTP/2 stream; HTTP/1 has none.
+    task: OnceLock<AbortHandle>,
+}
+
+/// What became of answers that nobody takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Stalled {
+    /// HTTP/2 streams that were reset.
+    pub(super) streams: usize,
+    /// Whether there is one of HTTP/1, which ends with its connection only.
+    pub(super) is_connection: bool,
+}
+
+impl Traffic {
+    /// No requests yet.
+    pub(super) fn new(begun_at: Instant) -> Self {
+        Self {
+            begun_at,
+            num_begun: AtomicU64::new(0),
+            in_progress: AtomicUsize::new(0),
+            idle_since_ms: AtomicU64::new(0),
+            data_frames: AtomicU64::new(0),
+            answers: Mutex::new(Vec::new()),
+            handed_over: Mutex::new(None),
+        }
+    }
+
+    /// Milliseconds since the connection began.
+    pub(super) fn now_ms(&self) -> u64 {
+        u64::try_from(self.begun_at.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Requests so far.
+    pub(super) fn num_begun(&self) -> u64 {
+        self.num_begun.load(Ordering::Relaxed)
+    }
+
+    /// Frames of answers so far.
+    pub(super) fn data_frames(&self) -> u64 {
+        self.data_frames.load(Ordering::Relaxed)
+    }
+
+    /// Since when there is no request in progress, if there is none.
+    pub(super) fn idle_since(&self) -> Option<Instant> {
+        let since = Duration::from_millis(self.idle_since_ms.load(Ordering::Acquire));
+        let is_idle = self.in_progress.load(Ordering::Acquire) == 0;
+        is_idle.then(|| self.begun_at + since)
+    }
+
+    /// Ends the answers of which nothing was taken for `timeout`, as far as that can be done
+    /// without ending the connection.
+    pub(super) fn end_stalled(&self, timeout: Duration) -> Stalled {
+        let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        let now_ms = self.now_ms();
+        let mut stalled = Stalled::default();
+        locked(&self.answers).retain(|answer| {
+            let Some(answer) = answer.upgrade() else { return false };
+            let delivered_ms = answer.delivered_ms.load(Ordering::Relaxed);
+            if delivered_ms == WAITING || now_ms + 1 < delivered_ms.saturating_add(timeout_ms) {
+                return true;
+            }
+            match answer.task.get() {
+                Some(task) => {
+                    task.abort();
+                    stalled.streams += 1;
+                }
+                None => stalled.is_connection = true,
+            }
+            false
+        });
+        stalled
+    }
+
+    fn begin(self: &Arc<Self>, version: Version) -> InProgress {
+        self.num_begun.fetch_add(1, Ordering::Relaxed);
+        self.in_progress.fetch_add(1, Ordering::AcqRel);
+        let answer =
+            Arc::new(Answer { delivered_ms: AtomicU64::new(WAITING), task: OnceLock::new() });
+        let mut answers = locked(&self.answers);
+        if answers.len() == answers.capacity() {
+            // Before it grows: what has ended goes, so that it stays as long as the most requests
+            // at once, more or less.
+            answers.retain(|answer| answer.strong_count() > 0);
+        }
+        answers.push(Arc::downgrade(&answer));
+        drop(answers);
+        if version == Version::HTTP_2 {
+            *locked(&self.handed_over) = Some(Arc::clone(&answer));
+        }
+        InProgress { traffic: Arc::clone(self), answer }
+    }
+}
+
+/// A panic while one of these locks was held leaves nothing half done behind.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One request, from its headers to the end of its answer.
+#[derive(Debug)]
+struct InProgress {
+    traffic: Arc<Traffic>,
+    answer: Arc<Answer>,
+}
+
+impl Drop for InProgress {
+    fn drop(&mut self) {
+        // First the time: who sees the last one gone must see when.
+        self.traffic.idle_since_ms.store(self.traffic.now_ms(), Ordering::Release);
+        self.traffic.in_progress.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// The body of an answer, which tells how far it is.
+#[derive(Debug)]
+pub(super) struct AnswerBody {
+    body: axum::body::Body,
+    request: InProgress,
+}
+
+impl Body for AnswerBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        let InProgress { traffic, answer } = &self.request;
+        let state = match &polled {
+            Poll::Ready(Some(_)) => {
+                traffic.data_frames.fetch_add(1, Ordering::Relaxed);
+                traffic.now_ms() + 1
+            }
+            Poll::Ready(None) | Poll::Pending => WAITING,
+        };
+        answer.delivered_ms.store(state, Ordering::Relaxed);
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// Answers the requests of one connection.
+#[derive(Clone, Debug)]
+pub(super) struct Answering {
+    /// What answers.
+    pub(super) router: axum::Router,
+    /// What is kept about it.
+    pub(super) traffic: Arc<Traffic>,
+}
+
+impl hyper::service::Service<Request<Incoming>> for Answering {
+    type Response = Response<AnswerBody>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        let in_progress = self.traffic.begin(request.version());
+        let answer = self.router.clone().call(request);
+        Box::pin(async move {
+            let answer = answer.await?;
+            Ok(answer.map(|body| AnswerBody { body, request: in_progress }))
+        })
+    }
+}
+
+/// Runs the HTTP/2 streams of one connection as tasks, so that one of them can be ended alone.
+/// hyper gives it the future of each stream right behind the call of [`Answering`].
+#[derive(Clone, Debug)]
+pub(super) struct StreamTasks(pub(super) Arc<Traffic>);
+
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for StreamTasks {
+    fn execute(&self, stream: F) {
+        let answer = locked(&self.0.handed_over).take();
+        let task = tokio::spawn(stream);
+        if let Some(answer) = answer {
+            // The cell is filled here and nowhere else.
+            let _ = answer.task.set(task.abort_handle());
+        }
+    }
+}
