@@ -8,21 +8,22 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use slipstream_model::clock::MonotonicClock;
-use slipstream_proto::v1::completions_server::CompletionsServer;
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
-use tonic::server::NamedService;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::backend::Backend;
-use crate::config::Config;
+use crate::config::{Config, EdgeConfig};
 use crate::engine::runner::EngineThread;
 use crate::grpc::calls::Calls;
-use crate::grpc::service::CompletionsService;
+use crate::grpc::methods::HEALTH_NAMES;
+use crate::grpc::record::CallLog;
+use crate::grpc::routes::{GrpcParts, not_found, routes};
 use crate::grpc::transport;
 use crate::handle::EngineHandle;
+use crate::stage::{self, Stage};
 use crate::startup::{self, StartupError};
 
 /// How long connections may take to close once every call has its status.
@@ -30,9 +31,6 @@ const CLOSING_GRACE: Duration = Duration::from_secs(1);
 
 /// How long the step in hand may take when the engine is told to stop.
 const ENGINE_GRACE: Duration = Duration::from_secs(60);
-
-/// Names that health is reported under: the whole server and its one service.
-const HEALTH_NAMES: [&str; 2] = ["", <CompletionsServer<CompletionsService> as NamedService>::NAME];
 
 /// Why a server ended other than by its shutdown signal.
 #[derive(Debug, thiserror::Error)]
@@ -65,7 +63,7 @@ pub async fn run(
     let health = HealthReporter::new();
     report(&health, ServingStatus::NotServing).await;
     let backend = Arc::new(OnceLock::new());
-    let mut server = Server::start(listener, Arc::clone(&backend), health);
+    let mut server = Server::start(listener, Arc::clone(&backend), health, config.edge.clone());
     let grace = config.edge.grace;
     let mut loading = off_the_runtime("loader", move || {
         startup::start(&config, Arc::new(MonotonicClock::start()))
@@ -87,6 +85,7 @@ pub async fn run(
     let mut engine_end = watch(thread)?;
     // The cell is filled here and nowhere else.
     let _ = backend.set(ready);
+    server.stage.send_replace(Stage::Serving);
     report(&server.health, ServingStatus::Serving).await;
     tracing::info!("ready");
 
@@ -136,6 +135,7 @@ struct Server {
     stop: Option<oneshot::Sender<()>>,
     health: HealthReporter,
     calls: Calls,
+    stage: watch::Sender<Stage>,
 }
 
 impl Server {
@@ -143,15 +143,24 @@ impl Server {
         listener: TcpListener,
         backend: Arc<OnceLock<Backend>>,
         health: HealthReporter,
+        edge: EdgeConfig,
     ) -> Self {
         let (stop, stopped) = oneshot::channel();
         let stopped = async move {
             let _ = stopped.await; // a dropped sender means stop, too
         };
         let calls = Calls::new();
-        let service = CompletionsService::new(backend, calls.clone());
-        let serving = transport::serve(listener, service, health.clone(), stopped);
-        Self { task: tokio::spawn(serving), stop: Some(stop), health, calls }
+        let (stage, stages) = stage::channel();
+        let router = routes(GrpcParts {
+            backend,
+            calls: calls.clone(),
+            health: health.clone(),
+            edge,
+            stage: stages,
+            log: Arc::new(CallLog::new()),
+        });
+        let serving = transport::serve(listener, router.fallback(not_found), stopped);
+        Self { task: tokio::spawn(serving), stop: Some(stop), health, calls, stage }
     }
 
     /// Stops accepting, tells every peer, and waits for the calls in progress. Gives itself back
@@ -191,6 +200,7 @@ impl Server {
     /// Health watchers learn that the server goes, then their streams end: they must not hold up
     /// the end of their connections.
     async fn stop_accepting(&mut self) {
+        self.stage.send_replace(Stage::Draining);
         report(&self.health, ServingStatus::NotServing).await;
         if let Some(stop) = self.stop.take() {
             let _ = stop.send(()); // the task may have ended by itself

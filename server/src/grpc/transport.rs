@@ -1,17 +1,13 @@
-//! Owns the HTTP/2 settings and the services of the port. Knows no engine.
+//! Owns the HTTP/2 settings of the port. Knows no engine and no services.
 
 use std::future::Future;
 use std::time::Duration;
 
-use slipstream_proto::v1::completions_server::CompletionsServer;
+use axum::Router;
 use tokio::net::TcpListener;
+use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
-use tonic_health::pb::health_server::HealthServer;
-use tonic_health::server::{HealthReporter, HealthService};
-
-use crate::grpc::limits;
-use crate::grpc::service::CompletionsService;
 
 /// Streams of one connection. Far above HTTP/2's usual 100 to 200: one client process multiplexes
 /// all its completions over one connection.
@@ -31,20 +27,16 @@ const PENDING_RESETS_MAX: usize = 64;
 /// Errors of the transport itself; those of single connections only end them.
 pub(crate) async fn serve(
     listener: TcpListener,
-    completions: CompletionsService,
-    health: HealthReporter,
+    router: Router,
     stop: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    let completions =
-        CompletionsServer::new(completions).max_decoding_message_size(limits::MESSAGE_BYTES_MAX);
     Server::builder()
         .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .http2_max_header_list_size(HEADER_BYTES_MAX)
         .http2_max_pending_accept_reset_streams(Some(PENDING_RESETS_MAX))
-        .add_service(HealthServer::new(HealthService::from_health_reporter(health)))
-        .add_service(completions)
+        .add_routes(Routes::from(router))
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stop)
         .await
 }
