@@ -11,7 +11,7 @@ use slipstream_proto::v1;
 use slipstream_server::NetConfig;
 use slipstream_server::local::{LocalServer, connect};
 use slipstream_tests::client::{
-    Client, block_on, client, complete, config, greedy, narrow_client, stream,
+    Client, block_on, client, complete, config, greedy, narrow_client, stream, url,
 };
 use slipstream_tests::proxy::Proxy;
 use slipstream_tests::serving::{SERVE, Serving};
@@ -41,10 +41,6 @@ async fn server(change: impl FnOnce(&mut NetConfig)) -> LocalServer {
     });
     change(&mut config.edge.net);
     LocalServer::start(config).await.unwrap()
-}
-
-fn url(server: &LocalServer) -> String {
-    format!("http://{}", server.address())
 }
 
 /// A request that is far from done when its peer has been found out.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that unwraps fails with the place and the value")]
 #![allow(clippy::disallowed_methods, reason = "expected values never reach output")]
 
+mod aborts;
 mod bad_requests;
 mod blocks;
 mod checkpoint_files;
@@ -12,16 +13,20 @@ mod connections;
 mod deadlines;
 mod distribution;
 mod drain;
+mod error_details;
 mod exactness;
 mod golden;
 mod grpc;
 mod grpc_exactness;
 mod grpc_lifecycle;
+mod grpc_services;
 mod kernels;
+mod malformed_messages;
 mod model_files;
 mod noise;
 mod recorded_output;
 mod row_invariance;
 mod simulation;
+mod slow_readers;
 mod tidy;
 mod tokenizer;

@@ -14,7 +14,8 @@ use crate::backend::Backend;
 use crate::config::{Config, EdgeConfig};
 use crate::engine::runner::EngineThread;
 use crate::grpc::calls::Calls;
-use crate::grpc::routes::{self, GrpcParts};
+use crate::grpc::record::CallLog;
+use crate::grpc::routes::{self, GrpcParts, not_found};
 use crate::handle::EngineHandle;
 use crate::net::files;
 use crate::net::listener::{Port, PortParts};
@@ -200,8 +201,9 @@ impl Edge {
         let grpc = routes::routes(GrpcParts {
             backend,
             calls: calls.clone(),
+            edge: config.clone(),
             stage: stage.subscribe(),
-            message_bytes_max: config.message_bytes_max,
+            log: Arc::new(CallLog::new()),
         });
         let http = axum::Router::new();
         let stats = Arc::new(NetStats::default());
@@ -215,10 +217,10 @@ impl Edge {
             stats: Arc::clone(&stats),
         };
         let (main, http) = match listeners.http {
-            None => (Port::open(listeners.main, parts(grpc.merge(http))), None),
+            None => (Port::open(listeners.main, parts(grpc.merge(http).fallback(not_found))), None),
             Some(listener) => {
                 let http = Port::open(listener, parts(http));
-                (Port::open(listeners.main, parts(grpc)), Some(http))
+                (Port::open(listeners.main, parts(grpc.fallback(not_found))), Some(http))
             }
         };
         Self { main, http, stage, calls }

@@ -26,7 +26,7 @@ use crate::config::{Config, KvSize, ModelChoice, ModelConfig, Quantize};
 use crate::embedded;
 use crate::engine::runner::{self, EngineThread};
 use crate::engine::{Engine, EngineParts};
-use crate::grpc::served::ServedModel;
+use crate::grpc::served::{ServedDraft, ServedModel};
 
 /// Memory of the verifier's KV pool unless configured.
 const KV_BYTES_DEFAULT_MAX: u64 = 1 << 30;
@@ -145,11 +145,14 @@ pub fn assemble(config: &Config, clock: Arc<dyn Clock>) -> Result<Assembly, Star
         target_vocab_size: verifier.config.vocab_size,
         ..ModelProposerOptions::default()
     };
+    let served_draft =
+        draft.as_ref().map(|draft| ServedDraft { name: draft.name.clone(), epoch: FIRST_EPOCH });
     let proposer = match draft {
         Some(draft) => Some(proposer(draft, num_blocks, models.threads, options)?),
         None => None,
     };
-    let (served, transformer) = served(config, verifier, num_blocks)?;
+    let (mut served, transformer) = served(config, verifier, num_blocks)?;
+    served.draft = served_draft;
     let engine = Engine::new(EngineParts {
         config: config.engine,
         verifier: Box::new(transformer),
@@ -170,12 +173,14 @@ fn served(
     let served = ServedModel {
         name: config.models.name.clone().unwrap_or(name),
         fingerprint: format!("n{NUMERICS_VERSION}-{digest}"),
+        vocabulary_fingerprint: short_hex(&tokenizer.fingerprint()),
         tokenizer,
         vocab_size: facts.vocab_size,
         context_len: facts.context_len.min(num_blocks * BLOCK_LEN),
         model_context_len: facts.context_len,
         eos_ids: facts.eos_ids.clone(),
         draft_len_max: config.engine.draft_len_max,
+        draft: None,
     };
     let transformer = transformer(facts, weights, num_blocks, config.models.threads)
         .map_err(|source| StartupError::Model { role: VERIFIER, source })?;

@@ -1,7 +1,7 @@
 //! Owns a server on a free loopback port and a gRPC client for it, as the wire tests use them.
 //! Knows the protocol; knows nothing of the engine behind it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use slipstream_proto::v1;
 use slipstream_proto::v1::completions_client::CompletionsClient;
@@ -11,7 +11,10 @@ use slipstream_proto::v1::speculation::Mode;
 use slipstream_server::config::{Config, EdgeConfig, ModelFlags};
 use slipstream_server::local::LocalServer;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Status};
+use tonic::{Code, Status, Streaming};
+
+/// Far longer than anything here takes: only a server that hangs reaches it.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A client of the service under test.
 pub type Client = CompletionsClient<Channel>;
@@ -39,6 +42,49 @@ pub async fn start(change: impl FnOnce(&mut ModelFlags)) -> LocalServer {
 #[must_use]
 pub fn client(server: &LocalServer) -> Client {
     CompletionsClient::new(server.channel())
+}
+
+/// Where the server listens.
+#[must_use]
+pub fn url(server: &LocalServer) -> String {
+    format!("http://{}", server.address())
+}
+
+/// Asks until there is room, and says how long that took: an ended request's place is free once the
+/// engine has seen it go.
+///
+/// # Panics
+/// When no room comes, or another error.
+pub async fn until_taken(client: &Client, request: &v1::GenerateRequest) -> Duration {
+    let begun = Instant::now();
+    loop {
+        match stream(client, request.clone()).await {
+            Ok(_) => return begun.elapsed(),
+            Err(status) => {
+                assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+                assert!(begun.elapsed() < PATIENCE, "the place of an ended request never came");
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+}
+
+/// Reads a stream to its end: the ids received, and the status unless it came to a good end.
+pub async fn read_on(
+    events: &mut Streaming<v1::GenerateEvent>,
+    mut received: Vec<u32>,
+) -> (Vec<u32>, Option<Status>) {
+    loop {
+        match events.message().await {
+            Ok(Some(event)) => {
+                if let Some(Event::Tokens(tokens)) = event.event {
+                    received.extend(tokens.tokens.iter().map(|token| token.id));
+                }
+            }
+            Ok(None) => return (received, None),
+            Err(status) => return (received, Some(status)),
+        }
+    }
 }
 
 /// Runs an asynchronous test body on a runtime of its own.

@@ -16,6 +16,7 @@ pub mod pieces;
 pub mod proposers;
 pub mod proxy;
 pub mod random;
+pub mod raw_call;
 pub mod reference;
 pub mod requests;
 pub mod serving;

@@ -13,7 +13,7 @@ use slipstream_model::clock::{Clock, Micros};
 use slipstream_model::forward::ForwardLimits;
 use slipstream_model::ids::{BLOCK_LEN, DraftEpoch, SequenceId, TokenId};
 use slipstream_model::token_bytes::TokenBytes;
-use slipstream_server::engine::event::{Event, FinishReason, Provenance};
+use slipstream_server::engine::event::{CancelReason, Event, FinishReason, Provenance};
 use slipstream_server::engine::request::{Request, SubmitError};
 use slipstream_server::engine::{Engine, EngineConfig, EngineParts, Phase};
 
@@ -269,7 +269,7 @@ impl World {
     fn cancel_someone(&mut self) -> Result<(), String> {
         let ids: Vec<SequenceId> = self.clients.keys().copied().collect();
         if ids.is_empty() {
-            self.engine.cancel(SequenceId(u64::MAX));
+            self.engine.cancel(SequenceId(u64::MAX), CancelReason::ClientGone);
             return Ok(());
         }
         let id = *self.rng.pick(&ids);
@@ -284,14 +284,14 @@ impl World {
         };
         self.note(state, 1);
         if self.rng.one_in(3) {
-            self.engine.forget(id);
+            self.engine.forget(id, CancelReason::ClientGone);
             self.clients.remove(&id);
             self.note("forgotten", 1);
             if self.engine.sequences().any(|view| view.id == id) {
                 return Err(format!("{id} was forgotten and is still there"));
             }
         } else {
-            self.engine.cancel(id);
+            self.engine.cancel(id, CancelReason::Aborted);
         }
         self.checker.between_steps(&self.engine)
     }
@@ -420,7 +420,7 @@ impl World {
                 FinishReason::EndToken(_) => "ended by token",
                 FinishReason::StopString(_) => "ended by stop string",
                 FinishReason::Length => "ended by length",
-                FinishReason::Cancelled => "ended by cancel",
+                FinishReason::Cancelled(_) => "ended by cancel",
                 FinishReason::DeadlineExceeded => "ended by deadline",
                 FinishReason::Fault(_) if is_natural(reason) => "ended by bad logits",
                 FinishReason::Fault(_) => "ended by verifier failure",

@@ -73,14 +73,25 @@ pub enum FinishReason {
     StopString(usize),
     /// `max_tokens` or the context limit was reached.
     Length,
-    /// The client cancelled or went away.
-    Cancelled,
+    /// Somebody ended it before it was done.
+    Cancelled(CancelReason),
     /// The deadline passed.
     DeadlineExceeded,
     /// This sequence failed; others did not.
     Fault(SequenceFault),
     /// The server shut down before the request was done.
     ShuttingDown,
+}
+
+/// Who ended a request before it was done. The engine treats all alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CancelReason {
+    /// The client cancelled or went away.
+    ClientGone,
+    /// Somebody asked for its end by its id.
+    Aborted,
+    /// The client took nothing for longer than the stall limit.
+    Stalled,
 }
 
 impl FinishReason {
@@ -93,7 +104,7 @@ impl FinishReason {
             | FinishReason::StopString(_)
             | FinishReason::Length
             | FinishReason::Fault(SequenceFault::Choice(_)) => false,
-            FinishReason::Cancelled
+            FinishReason::Cancelled(_)
             | FinishReason::DeadlineExceeded
             | FinishReason::Fault(SequenceFault::VerifierFailed)
             | FinishReason::ShuttingDown => true,

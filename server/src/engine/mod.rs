@@ -25,7 +25,7 @@ use slipstream_model::ids::{BLOCK_LEN, BlockId, SequenceId, TokenId};
 use slipstream_model::token_bytes::TokenBytes;
 use slipstream_verifier::verifier::Verifier;
 
-use event::{Event, FinishReason, Finished, Timings, Usage};
+use event::{CancelReason, Event, FinishReason, Finished, Timings, Usage};
 use output::{Output, StopRules};
 use proposing::Draft;
 use request::{Request, SubmitError};
@@ -230,13 +230,13 @@ impl Engine {
 
     /// Ends a request in whatever state it is. Its end can then be taken as an event. Unknown and
     /// finished ids are fine.
-    pub fn cancel(&mut self, id: SequenceId) {
-        self.finish(id, FinishReason::Cancelled);
+    pub fn cancel(&mut self, id: SequenceId, reason: CancelReason) {
+        self.finish(id, FinishReason::Cancelled(reason));
     }
 
-    /// Ends a request whose reader has gone, and drops its events.
-    pub fn forget(&mut self, id: SequenceId) {
-        self.finish(id, FinishReason::Cancelled);
+    /// Ends a request whose events nobody shall have any more, and drops them.
+    pub fn forget(&mut self, id: SequenceId, reason: CancelReason) {
+        self.finish(id, FinishReason::Cancelled(reason));
         if self.sequences.remove(&id).is_some() {
             self.counters.released += 1;
         }
@@ -282,6 +282,12 @@ impl Engine {
             speculation: std::mem::take(&mut sequence.speculation),
         };
         sequence.output.finish(finished);
+    }
+
+    /// Whether a request has ended and only waits for its events to be taken.
+    #[must_use]
+    pub fn is_finished(&self, id: SequenceId) -> bool {
+        self.sequences.get(&id).is_some_and(Sequence::is_finished)
     }
 
     /// Whether any sequence still needs steps.

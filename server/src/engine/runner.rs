@@ -12,9 +12,9 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::Engine;
-use super::event::Event;
+use super::event::{CancelReason, Event};
 use super::request::SubmitError;
-use crate::handle::{Command, EngineHandle, Submission};
+use crate::handle::{Canceller, Command, EngineHandle, Submission};
 
 /// How often output is offered again to readers whose queue was full, while nothing else happens.
 const STALLED_POLL: Duration = Duration::from_millis(2);
@@ -53,10 +53,16 @@ pub fn spawn(engine: Engine, max_requests: usize) -> io::Result<(EngineHandle, E
     Ok((EngineHandle::new(sender, max_requests), EngineThread { thread }))
 }
 
+/// Where the events of a request go, and who else holds its place among the live ones.
+struct Reader {
+    events: mpsc::Sender<Event>,
+    canceller: Canceller,
+}
+
 struct Runner {
     engine: Engine,
     commands: Receiver<Command>,
-    readers: HashMap<SequenceId, mpsc::Sender<Event>>,
+    readers: HashMap<SequenceId, Reader>,
     is_draining: bool,
     /// Whether some reader's queue was full when last offered output.
     is_stalled: bool,
@@ -105,8 +111,8 @@ impl Runner {
     fn apply(&mut self, command: Command) -> bool {
         match command {
             Command::Submit(submission) => self.submit(*submission),
-            Command::Cancel(id, permit) => {
-                self.engine.forget(id);
+            Command::Cancel(id, reason, permit) => {
+                self.engine.forget(id, reason);
                 self.readers.remove(&id);
                 drop(permit);
             }
@@ -117,14 +123,14 @@ impl Runner {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { id, request, events, reply } = submission;
+        let Submission { id, request, events, canceller, reply } = submission;
         let result = if self.is_draining {
             Err(SubmitError::ShuttingDown)
         } else {
             self.engine.submit(id, request)
         };
         if result.is_ok() {
-            self.readers.insert(id, events);
+            self.readers.insert(id, Reader { events, canceller });
         }
         // A caller that no longer waits has dropped its stream, whose cancel follows in the queue.
         let _ = reply.send(result);
@@ -143,14 +149,18 @@ impl Runner {
         self.news = news;
     }
 
-    /// Keeps the reader while it has room for everything and the request goes on.
+    /// Keeps the reader while its request goes on or output is left. A request that has ended gives
+    /// its place back even when nobody reads: what is unread is bounded.
     fn deliver_to(&mut self, id: SequenceId) {
         let Some(reader) = self.readers.remove(&id) else {
-            self.engine.forget(id);
+            self.engine.forget(id, CancelReason::ClientGone);
             return;
         };
+        if self.engine.is_finished(id) {
+            reader.canceller.release();
+        }
         loop {
-            match reader.try_reserve() {
+            match reader.events.try_reserve() {
                 Ok(permit) => {
                     let Some(event) = self.engine.take_event(id) else { break };
                     let is_last = matches!(event, Event::Finished(_));
@@ -160,11 +170,16 @@ impl Runner {
                     }
                 }
                 Err(TrySendError::Full(())) => {
+                    // Only of a request that has ended by itself: the others' ends come as commands.
+                    if let Some(reason) = reader.canceller.cancelled() {
+                        self.engine.forget(id, reason);
+                        return;
+                    }
                     self.is_stalled = true;
                     break;
                 }
                 Err(TrySendError::Closed(())) => {
-                    self.engine.forget(id);
+                    self.engine.forget(id, CancelReason::ClientGone);
                     return;
                 }
             }

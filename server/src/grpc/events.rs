@@ -1,11 +1,14 @@
 //! Owns the translation of engine events to wire messages. Decides nothing.
 
+use std::time::Duration;
+
 use slipstream_model::clock::Micros;
 use slipstream_model::token_bytes::TokenBytes;
 use slipstream_proto::v1;
 
 use crate::engine::event::{
-    FinishReason, Finished, OutputToken, Provenance, SpeculationUsage, Timings, TokensEvent, Usage,
+    CancelReason, FinishReason, Finished, OutputToken, Provenance, SpeculationUsage, Timings,
+    TokensEvent, Usage,
 };
 use crate::grpc::status::CallError;
 
@@ -43,6 +46,7 @@ fn token(token: OutputToken, token_bytes: Option<&TokenBytes>) -> v1::Token {
 pub(crate) fn finished(
     event: Finished,
     stop_strings: &[String],
+    stall_limit: Duration,
 ) -> Result<v1::Finished, CallError> {
     let (reason, cause) = match event.reason {
         FinishReason::EndToken(id) => {
@@ -53,7 +57,7 @@ pub(crate) fn finished(
             (v1::FinishReason::StopString, Some(v1::finished::Cause::StopString(text)))
         }
         FinishReason::Length => (v1::FinishReason::Length, None),
-        FinishReason::Cancelled => return Err(CallError::Cancelled),
+        FinishReason::Cancelled(reason) => return Err(cancelled(reason, stall_limit)),
         FinishReason::DeadlineExceeded => return Err(CallError::DeadlineExceeded),
         FinishReason::Fault(fault) => return Err(CallError::Fault(fault)),
         FinishReason::ShuttingDown => return Err(CallError::ShuttingDown),
@@ -65,6 +69,15 @@ pub(crate) fn finished(
         timings: Some(timings(event.timings)),
         speculation: Some(speculation(&event.speculation)),
     })
+}
+
+/// The end of a call that somebody ended.
+pub(crate) fn cancelled(reason: CancelReason, stall_limit: Duration) -> CallError {
+    match reason {
+        CancelReason::ClientGone => CallError::Cancelled,
+        CancelReason::Aborted => CallError::Aborted,
+        CancelReason::Stalled => CallError::Stalled { limit: stall_limit },
+    }
 }
 
 fn usage(usage: Usage) -> v1::Usage {

@@ -12,6 +12,8 @@ pub(crate) const PROMPT_TEXT_BYTES_MAX: usize = 1024 * 1024;
 pub(crate) const MODEL_NAME_BYTES_MAX: usize = 256;
 /// Request id, in visible ASCII characters.
 pub(crate) const REQUEST_ID_BYTES_MAX: usize = 128;
+/// Ids of one abort.
+pub(crate) const ABORT_IDS_MAX: usize = 1024;
 /// Output tokens of a request that does not say.
 pub(crate) const MAX_TOKENS_DEFAULT: usize = 256;
 /// Temperatures other than 0. Below the lower bound, logits divided by it overflow.

@@ -1,66 +1,91 @@
-//! Owns the gRPC services of the port: which there are, their message limits, and health. Knows no
-//! connections.
+//! Owns how gRPC calls find their services: one router of all of them, with what surrounds every
+//! call. Knows no connections; those serve the router.
 
 use std::sync::{Arc, OnceLock};
 
+use axum::Router;
+use axum::middleware::from_fn_with_state;
 use slipstream_proto::v1::completions_server::CompletionsServer;
+use slipstream_proto::v1::models_server::ModelsServer;
+use slipstream_proto::v1::tokenization_server::TokenizationServer;
 use tokio::sync::watch;
-use tonic::server::NamedService;
+use tonic::codec::CompressionEncoding;
 use tonic::service::Routes;
-use tonic_health::ServingStatus;
-use tonic_health::pb::health_server::HealthServer;
-use tonic_health::server::{HealthReporter, HealthService};
+use tonic_reflection::server::Builder;
 
 use crate::backend::Backend;
+use crate::config::EdgeConfig;
+use crate::grpc::around::{Surroundings, around};
 use crate::grpc::calls::Calls;
+use crate::grpc::health;
+use crate::grpc::live_calls::LiveCalls;
+use crate::grpc::models::ModelsService;
+use crate::grpc::offload::Offload;
+use crate::grpc::record::CallLog;
 use crate::grpc::service::CompletionsService;
+use crate::grpc::shared::Shared;
+use crate::grpc::tokenization::TokenizationService;
 use crate::stage::Stage;
 
-/// Names that health is reported under: the whole server and its one service.
-const HEALTH_NAMES: [&str; 2] = ["", <CompletionsServer<CompletionsService> as NamedService>::NAME];
+pub(crate) use crate::grpc::around::not_found;
 
-/// What the services need.
+/// What the services are made of.
 pub(crate) struct GrpcParts {
     /// What answers requests, once it is loaded.
     pub(crate) backend: Arc<OnceLock<Backend>>,
-    /// Where calls are counted.
+    /// Where calls in progress are counted.
     pub(crate) calls: Calls,
-    /// Where the server's life stands.
+    /// Bounds and policy.
+    pub(crate) edge: EdgeConfig,
+    /// Where the server stands.
     pub(crate) stage: watch::Receiver<Stage>,
-    /// One request message.
-    pub(crate) message_bytes_max: usize,
+    /// Where calls are recorded.
+    pub(crate) log: Arc<CallLog>,
 }
 
-/// All gRPC services.
-pub(crate) fn routes(parts: GrpcParts) -> axum::Router {
-    let GrpcParts { backend, calls, stage, message_bytes_max } = parts;
-    let health = HealthReporter::new();
-    let completions = CompletionsServer::new(CompletionsService::new(backend, calls))
-        .max_decoding_message_size(message_bytes_max);
-    tokio::spawn(follow(stage, health.clone()));
-    Routes::new(HealthServer::new(HealthService::from_health_reporter(health)))
-        .add_service(completions)
-        .into_axum_router()
-}
-
-/// Health says what the stage says. Watchers learn that the server goes, then their streams end:
-/// they must not hold up the end of their connections.
-async fn follow(mut stage: watch::Receiver<Stage>, mut health: HealthReporter) {
-    loop {
-        let now = *stage.borrow_and_update();
-        let status = match now {
-            Stage::Loading | Stage::Draining => ServingStatus::NotServing,
-            Stage::Serving => ServingStatus::Serving,
-        };
-        for name in HEALTH_NAMES {
-            health.set_service_status(name, status).await;
-            if now == Stage::Draining {
-                health.clear_service_status(name).await;
-                health.set_service_status(name, status).await;
-            }
-        }
-        if stage.changed().await.is_err() {
-            return;
-        }
+/// Every service on its path. Needs a running tokio runtime for the sweeper of stalled calls, which
+/// ends with the last clone of the router, and for health, which ends with the stage. Paths that are none of these are for the caller's
+/// fallback: [`not_found`].
+pub(crate) fn routes(parts: GrpcParts) -> Router {
+    let GrpcParts { backend, calls, edge, stage, log } = parts;
+    let health = health::following(stage.clone());
+    let live = LiveCalls::start(edge.stall_limit);
+    let shared = Shared { backend, calls, live, offload: Offload::new(), stage };
+    let limit = edge.message_bytes_max;
+    // The generated servers have no trait in common for their settings.
+    let mut completions = CompletionsServer::new(CompletionsService::new(shared.clone()))
+        .max_decoding_message_size(limit);
+    let mut models =
+        ModelsServer::new(ModelsService::new(shared.clone())).max_decoding_message_size(limit);
+    let mut tokenization =
+        TokenizationServer::new(TokenizationService::new(shared)).max_decoding_message_size(limit);
+    if edge.gzip {
+        let gzip = CompressionEncoding::Gzip;
+        completions = completions.accept_compressed(gzip).send_compressed(gzip);
+        models = models.accept_compressed(gzip).send_compressed(gzip);
+        tokenization = tokenization.accept_compressed(gzip).send_compressed(gzip);
     }
+    let surroundings = Surroundings { log, message_bytes_max: limit };
+    Routes::from(Router::new())
+        .add_service(completions)
+        .add_service(models)
+        .add_service(tokenization)
+        .add_service(health)
+        .add_service(reflection().build_v1().expect(DESCRIPTORS))
+        .add_service(reflection().build_v1alpha().expect(DESCRIPTORS))
+        .into_axum_router()
+        .layer(from_fn_with_state(surroundings, around))
+}
+
+/// Why reflection cannot fail to be built.
+const DESCRIPTORS: &str = "the descriptor sets are made at build time and are well-formed";
+
+/// Reflection over everything that is served, itself in both versions included.
+fn reflection() -> Builder<'static> {
+    Builder::configure()
+        .register_encoded_file_descriptor_set(slipstream_proto::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET)
+        .include_reflection_service(false)
 }

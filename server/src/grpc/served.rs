@@ -1,6 +1,6 @@
 //! Owns what the edge knows of the model that is served. Immutable once loaded.
 
-use slipstream_model::ids::TokenId;
+use slipstream_model::ids::{DraftEpoch, TokenId};
 use slipstream_model::tokenizer::Tokenizer;
 
 /// The model that answers, as far as requests are concerned.
@@ -10,6 +10,8 @@ pub(crate) struct ServedModel {
     pub(crate) name: String,
     /// Numerics version and verifier digest: what output depends on.
     pub(crate) fingerprint: String,
+    /// Identity of the vocabulary, shortened.
+    pub(crate) vocabulary_fingerprint: String,
     /// Makes token ids out of prompt text.
     pub(crate) tokenizer: Tokenizer,
     /// Token ids below this exist.
@@ -24,4 +26,15 @@ pub(crate) struct ServedModel {
     pub(crate) eos_ids: Vec<TokenId>,
     /// Longest draft length a client may ask for.
     pub(crate) draft_len_max: usize,
+    /// What proposes, if anything does.
+    pub(crate) draft: Option<ServedDraft>,
+}
+
+/// The draft, as far as clients see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ServedDraft {
+    /// Its own name.
+    pub(crate) name: String,
+    /// Its version number.
+    pub(crate) epoch: DraftEpoch,
 }

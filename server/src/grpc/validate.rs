@@ -27,8 +27,6 @@ pub(crate) struct Admission {
     pub(crate) deadline: Option<Micros>,
     /// Seed of a request without one.
     pub(crate) drawn_seed: u64,
-    /// Id of a request without one.
-    pub(crate) drawn_id: String,
 }
 
 /// A request that can be submitted, and what the edge has to remember about it.
@@ -36,8 +34,6 @@ pub(crate) struct Admission {
 pub(crate) struct Validated {
     /// For the engine.
     pub(crate) request: Request,
-    /// Names the request in logs and in Started.
-    pub(crate) request_id: String,
     /// The stop strings as text, in the request's order.
     pub(crate) stop_strings: Vec<String>,
 }
@@ -51,8 +47,7 @@ pub(crate) fn validate(
     model: &ServedModel,
     admission: Admission,
 ) -> Result<Validated, Refusal> {
-    check_model(&wire.model, model)?;
-    let request_id = request_id(wire.request_id.clone(), admission.drawn_id)?;
+    check_model("model", &wire.model, model)?;
     let mut params = sampling_params(&wire, model)?;
     params.seed = wire.seed.unwrap_or(admission.drawn_seed);
     let speculation = speculation(wire.speculation, model.draft_len_max)?;
@@ -73,32 +68,22 @@ pub(crate) fn validate(
         arrival: admission.arrival,
         deadline: admission.deadline,
     };
-    Ok(Validated { request, request_id, stop_strings: wire.stop_strings })
+    Ok(Validated { request, stop_strings: wire.stop_strings })
 }
 
-fn check_model(wanted: &str, model: &ServedModel) -> Result<(), Refusal> {
+/// That this model is served, or whatever is.
+///
+/// # Errors
+/// [`Refusal`] for another, or for a `field` too long to be a name.
+pub(crate) fn check_model(field: &str, wanted: &str, model: &ServedModel) -> Result<(), Refusal> {
     if wanted.len() > limits::MODEL_NAME_BYTES_MAX {
         let problem = over_limit(wanted.len(), limits::MODEL_NAME_BYTES_MAX, "bytes");
-        return Err(Refusal::argument("model", problem));
+        return Err(Refusal::argument(field, problem));
     }
     if wanted.is_empty() || wanted == model.name {
         return Ok(());
     }
     Err(Refusal::UnknownModel { wanted: wanted.to_owned(), served: model.name.clone() })
-}
-
-fn request_id(given: Option<String>, drawn: String) -> Result<String, Refusal> {
-    let Some(given) = given else { return Ok(drawn) };
-    let is_visible = given.bytes().all(|byte| byte.is_ascii_graphic());
-    if given.is_empty() || given.len() > limits::REQUEST_ID_BYTES_MAX || !is_visible {
-        let problem = format!(
-            "must be 1 to {} visible ASCII characters, got {} bytes",
-            limits::REQUEST_ID_BYTES_MAX,
-            given.len()
-        );
-        return Err(Refusal::argument("request_id", problem));
-    }
-    Ok(given)
 }
 
 /// Everything about token choice but the seed.
@@ -180,7 +165,8 @@ fn max_tokens(value: i32) -> Result<usize, Refusal> {
     }
 }
 
-fn over_limit(len: usize, limit: usize, unit: &str) -> String {
+/// What is wrong with a list or text that is too long.
+pub(crate) fn over_limit(len: usize, limit: usize, unit: &str) -> String {
     format!("has {len} {unit}, the limit is {limit}")
 }
 
@@ -198,7 +184,14 @@ fn token_id(
 }
 
 /// A list of ids that has to fit the context.
-fn token_ids(field: &str, ids: &[u32], model: &ServedModel) -> Result<Vec<TokenId>, Refusal> {
+///
+/// # Errors
+/// [`Refusal`] naming the first element outside the vocabulary, or the list.
+pub(crate) fn token_ids(
+    field: &str,
+    ids: &[u32],
+    model: &ServedModel,
+) -> Result<Vec<TokenId>, Refusal> {
     if ids.len() > model.context_len {
         let problem = over_limit(ids.len(), model.context_len, "tokens, more than the context");
         return Err(Refusal::range(field, problem));
@@ -306,18 +299,28 @@ fn tokenise(text: &str, model: &ServedModel) -> Result<Vec<TokenId>, Refusal> {
     if text.is_empty() {
         return Err(Refusal::argument("text", "must not be empty"));
     }
-    if text.len() > limits::PROMPT_TEXT_BYTES_MAX {
-        let problem = over_limit(text.len(), limits::PROMPT_TEXT_BYTES_MAX, "bytes");
-        return Err(Refusal::argument("text", problem));
-    }
-    let ids = model
-        .tokenizer
-        .encode(text, true)
-        .map_err(|error| Refusal::argument("text", error.to_string()))?;
+    let ids = encode(text, true, model)?;
     if ids.is_empty() {
         return Err(Refusal::argument("text", "has no tokens"));
     }
     Ok(ids)
+}
+
+/// The ids of a text, which may be empty. Its length is checked before any work on it.
+///
+/// # Errors
+/// [`Refusal`] for a text that is too long or cannot be tokenised.
+pub(crate) fn encode(
+    text: &str,
+    add_special: bool,
+    model: &ServedModel,
+) -> Result<Vec<TokenId>, Refusal> {
+    if text.len() > limits::PROMPT_TEXT_BYTES_MAX {
+        let problem = over_limit(text.len(), limits::PROMPT_TEXT_BYTES_MAX, "bytes");
+        return Err(Refusal::argument("text", problem));
+    }
+    let encoded = model.tokenizer.encode(text, add_special);
+    encoded.map_err(|error| Refusal::argument("text", error.to_string()))
 }
 
 /// `max_tokens` as asked or by default, such that prompt and output fit the context and the KV

@@ -1,0 +1,142 @@
+//! Owns what surrounds every gRPC call, whatever its method: the content type, the call's id and
+//! its log lines, the checks on frames, and the form of answers that tonic makes by itself. Knows
+//! no messages.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
+use http::{StatusCode, Uri};
+use tonic::{Code, Status};
+use tracing::Instrument;
+
+use crate::grpc::caller::{CallId, REQUEST_ID};
+use crate::grpc::framing::{FrameLimits, FramedBody};
+use crate::grpc::methods::{self, METHODS};
+use crate::grpc::record::{CallLog, Recorder};
+use crate::grpc::status::CallError;
+use crate::grpc::trace_context::TraceContext;
+
+/// Characters of an unknown path that its error repeats.
+const PATH_SHOWN_MAX: usize = 100;
+/// Tells clients which compressions they may use.
+const GRPC_ACCEPT_ENCODING: &str = "grpc-accept-encoding";
+
+/// What all calls need.
+#[derive(Clone, Debug)]
+pub(crate) struct Surroundings {
+    /// Where calls are recorded.
+    pub(crate) log: Arc<CallLog>,
+    /// One request message, in bytes.
+    pub(crate) message_bytes_max: usize,
+}
+
+/// Lets a call through to its method, and its answer back.
+pub(crate) async fn around(
+    State(surroundings): State<Surroundings>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    if !is_grpc(request.headers()) {
+        return not_grpc();
+    }
+    let id = CallId::of(request.headers());
+    let index = methods::index_of(request.uri().path());
+    let span = span_of(index, request.headers());
+    let recorder = Recorder::begin(surroundings.log, index, span.clone());
+    let Some(index) = index else {
+        span.record(REQUEST_ID_FIELD, id.0.as_str());
+        return recorder.watch(unknown_method(request.uri(), &id), &id.0);
+    };
+    let limits = FrameLimits {
+        message_bytes_max: surroundings.message_bytes_max,
+        takes_many: METHODS[index].takes_many,
+    };
+    request.extensions_mut().insert(id.clone());
+    let request = request.map(|body| Body::new(FramedBody::new(body, limits, id.0.clone())));
+    let response = next.run(request).instrument(span).await;
+    let response = in_our_form(response, &id, limits.message_bytes_max);
+    let named = response.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok());
+    let named = named.unwrap_or(&id.0).to_owned();
+    recorder.watch(response, &named)
+}
+
+/// Answers what no route is for.
+pub(crate) async fn not_found(uri: Uri, headers: HeaderMap) -> Response {
+    if is_grpc(&headers) {
+        return unknown_method(&uri, &CallId::of(&headers));
+    }
+    let text = "there is nothing at this path: there are /health, /ready, /version and /metrics \
+                for HTTP, and gRPC (server reflection lists its methods)\n";
+    (StatusCode::NOT_FOUND, text).into_response()
+}
+
+/// The field of a call's span that its method fills in.
+const REQUEST_ID_FIELD: &str = "request_id";
+
+/// A span for the log lines of one call.
+fn span_of(index: Option<usize>, headers: &HeaderMap) -> tracing::Span {
+    let span = tracing::debug_span!(
+        "call",
+        method = index.map_or("unknown", |index| METHODS[index].path),
+        request_id = tracing::field::Empty,
+        trace_id = tracing::field::Empty,
+        parent_id = tracing::field::Empty,
+    );
+    if !span.is_disabled()
+        && let Some(trace) = TraceContext::of(headers)
+    {
+        span.record("trace_id", trace.trace_id.as_str());
+        span.record("parent_id", trace.parent_id.as_str());
+    }
+    span
+}
+
+/// Whether a request says that it is gRPC with protobuf messages.
+fn is_grpc(headers: &HeaderMap) -> bool {
+    let value = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
+    let essence = value.split(';').next().unwrap_or("").trim();
+    ["application/grpc", "application/grpc+proto"]
+        .iter()
+        .any(|kind| essence.eq_ignore_ascii_case(kind))
+}
+
+fn not_grpc() -> Response {
+    let text = "this path speaks gRPC over HTTP/2: its content-type is application/grpc\n";
+    (StatusCode::UNSUPPORTED_MEDIA_TYPE, text).into_response()
+}
+
+fn unknown_method(uri: &Uri, id: &CallId) -> Response {
+    let path = uri.path().chars().take(PATH_SHOWN_MAX).collect();
+    CallError::UnknownMethod { path, known: methods::listed() }.into_status(&id.0).into_http()
+}
+
+/// Gives answers that tonic made before a method was reached the codes of the protocol file, and
+/// the call's id. The methods' own answers have it already. tonic says INTERNAL for what only a
+/// client can have got wrong; left so, anybody could fill the log with errors.
+fn in_our_form(mut response: Response, id: &CallId, limit: usize) -> Response {
+    if response.headers().contains_key(REQUEST_ID) {
+        return response;
+    }
+    let status = Status::from_header_map(response.headers());
+    let error = match status.as_ref().map(|status| (status.code(), status.message())) {
+        Some((Code::Internal, message)) => CallError::Malformed(message.to_owned()),
+        Some((Code::ResourceExhausted, _)) => {
+            CallError::MessageTooLarge { size: "more bytes once decompressed".to_owned(), limit }
+        }
+        Some(_) | None => {
+            if let Ok(value) = HeaderValue::from_str(&id.0) {
+                response.headers_mut().insert(REQUEST_ID, value);
+            }
+            return response;
+        }
+    };
+    let mut ours: Response = error.into_status(&id.0).into_http();
+    if let Some(accepted) = response.headers().get(GRPC_ACCEPT_ENCODING) {
+        ours.headers_mut().insert(GRPC_ACCEPT_ENCODING, accepted.clone());
+    }
+    ours
+}

@@ -1,0 +1,208 @@
+//! Owns the register of completions in progress: by id for those who abort them, and all of them
+//! for the sweeper, which ends those whose clients take nothing. Knows no messages.
+//!
+//! A client takes nothing when there is something to take and nobody asks for it. The connection
+//! asks for more of a stream only while its peer's window has room, so being asked is the sign of
+//! life. Events cost two atomic stores for this and no timer: the sweeper compares counts.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+use tokio::time::MissedTickBehavior;
+
+use crate::engine::event::CancelReason;
+use crate::grpc::calls::CallGuard;
+use crate::handle::{Canceller, Unread};
+
+/// Sweeps in one stall limit: a stalled call ends at most this fraction of the limit late.
+const SWEEPS_PER_LIMIT: u32 = 8;
+/// Least time between two sweeps.
+const SWEEP_INTERVAL_MIN: Duration = Duration::from_millis(1);
+
+/// Serial numbers keep requests of one id apart.
+type Key = (String, u64);
+
+/// The completions in progress. Bounded by the streams that connections may have open.
+#[derive(Debug)]
+pub(crate) struct LiveCalls {
+    calls: Mutex<BTreeMap<Key, Arc<LiveCall>>>,
+    next_serial: AtomicU64,
+    stall_limit: Duration,
+    sweeper: OnceLock<JoinHandle<()>>,
+}
+
+impl LiveCalls {
+    /// An empty register whose sweeper runs until it is dropped. Needs a running tokio runtime.
+    pub(crate) fn start(stall_limit: Duration) -> Arc<Self> {
+        let calls = Arc::new(Self::new(stall_limit));
+        let interval = (stall_limit / SWEEPS_PER_LIMIT).max(SWEEP_INTERVAL_MIN);
+        let sweeper = tokio::spawn(sweep_every(interval, Arc::downgrade(&calls)));
+        let _ = calls.sweeper.set(sweeper); // nobody else sets it
+        calls
+    }
+
+    fn new(stall_limit: Duration) -> Self {
+        Self {
+            calls: Mutex::default(),
+            next_serial: AtomicU64::new(0),
+            stall_limit,
+            sweeper: OnceLock::new(),
+        }
+    }
+
+    /// What a client may take nothing for.
+    pub(crate) fn stall_limit(&self) -> Duration {
+        self.stall_limit
+    }
+
+    /// Enters a call, before the engine knows its request. It leaves with the entry.
+    pub(crate) fn enter(self: &Arc<Self>, request_id: &str, guard: CallGuard) -> Entry {
+        let call = Arc::new(LiveCall {
+            canceller: Canceller::default(),
+            guard: Mutex::new(Some(guard)),
+            unread: OnceLock::new(),
+            num_asked: AtomicU32::new(0),
+            is_waiting: AtomicBool::new(false),
+            seen: Mutex::default(),
+        });
+        let key = (request_id.to_owned(), self.next_serial.fetch_add(1, Ordering::Relaxed));
+        self.lock().insert(key.clone(), Arc::clone(&call));
+        Entry { calls: Arc::clone(self), key, call }
+    }
+
+    /// Ends all requests of this id. Returns how many were alive.
+    pub(crate) fn abort(&self, request_id: &str) -> usize {
+        let range = (request_id.to_owned(), 0)..=(request_id.to_owned(), u64::MAX);
+        let found: Vec<_> = self.lock().range(range).map(|(_, call)| Arc::clone(call)).collect();
+        found.iter().filter(|call| call.canceller.cancel(CancelReason::Aborted)).count()
+    }
+
+    /// Looks at every call once and ends those that have stalled.
+    fn sweep(&self) {
+        let stalled: Vec<Key> = {
+            let calls = self.lock();
+            let stalled = calls.iter().filter(|(_, call)| call.has_stalled());
+            stalled.map(|(key, _)| key.clone()).collect()
+        };
+        for key in stalled {
+            let Some(call) = self.lock().remove(&key) else { continue };
+            call.canceller.cancel(CancelReason::Stalled);
+            call.release();
+            tracing::debug!(request_id = key.0, "the client takes nothing: request ended");
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Key, Arc<LiveCall>>> {
+        // No code that could panic runs under the lock.
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for LiveCalls {
+    fn drop(&mut self) {
+        if let Some(sweeper) = self.sweeper.get() {
+            sweeper.abort();
+        }
+    }
+}
+
+async fn sweep_every(interval: Duration, calls: Weak<LiveCalls>) {
+    let mut ticks = tokio::time::interval(interval);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let Some(calls) = calls.upgrade() else { return };
+        calls.sweep();
+    }
+}
+
+/// One completion in progress.
+#[derive(Debug)]
+pub(crate) struct LiveCall {
+    canceller: Canceller,
+    /// What a drain waits for.
+    guard: Mutex<Option<CallGuard>>,
+    /// What its stream holds; absent for calls that are not streamed.
+    unread: OnceLock<Unread>,
+    /// How often the connection asked for more.
+    num_asked: AtomicU32,
+    /// Whether it was last told that there is nothing yet.
+    is_waiting: AtomicBool,
+    /// The sweeper's own.
+    seen: Mutex<Seen>,
+}
+
+/// What the sweeper remembers of a call.
+#[derive(Debug, Default)]
+struct Seen {
+    num_asked: u32,
+    /// Sweeps in a row that found something to take and nobody asking.
+    num_idle: u32,
+}
+
+impl LiveCall {
+    /// Ends the request from outside its stream.
+    pub(crate) fn canceller(&self) -> &Canceller {
+        &self.canceller
+    }
+
+    /// From now on the call is a stream whose client may stall.
+    pub(crate) fn watch(&self, unread: Unread) {
+        let _ = self.unread.set(unread); // a call has one stream
+    }
+
+    /// The connection asks for more.
+    pub(crate) fn asked(&self) {
+        self.num_asked.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// What it was told: whether it has to wait.
+    pub(crate) fn answered(&self, is_waiting: bool) {
+        self.is_waiting.store(is_waiting, Ordering::Relaxed);
+    }
+
+    /// Lets a drain go on without this call.
+    fn release(&self) {
+        let guard = self.guard.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(guard);
+    }
+
+    /// Called by the sweeper alone, once per sweep.
+    fn has_stalled(&self) -> bool {
+        let Some(unread) = self.unread.get() else { return false };
+        let is_something_there = !self.is_waiting.load(Ordering::Relaxed) || unread.is_any();
+        let num_asked = self.num_asked.load(Ordering::Relaxed);
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_idle = is_something_there && num_asked == seen.num_asked;
+        seen.num_idle = if is_idle { seen.num_idle + 1 } else { 0 };
+        seen.num_asked = num_asked;
+        seen.num_idle >= SWEEPS_PER_LIMIT
+    }
+}
+
+/// A call's place in the register. Dropping it takes the call out.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    calls: Arc<LiveCalls>,
+    key: Key,
+    call: Arc<LiveCall>,
+}
+
+impl std::ops::Deref for Entry {
+    type Target = LiveCall;
+
+    fn deref(&self) -> &LiveCall {
+        &self.call
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.calls.lock().remove(&self.key);
+        // The sweeper may hold the call a moment longer.
+        self.call.release();
+    }
+}

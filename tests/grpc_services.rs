@@ -1,0 +1,1 @@
+//! Proves nothing yet.
