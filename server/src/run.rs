@@ -7,7 +7,7 @@ use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use slipstream_model::clock::MonotonicClock;
+use slipstream_model::clock::{Clock, MonotonicClock};
 use slipstream_proto::v1::completions_server::CompletionsServer;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -23,6 +23,9 @@ use crate::grpc::calls::Calls;
 use crate::grpc::service::CompletionsService;
 use crate::grpc::transport;
 use crate::handle::EngineHandle;
+use crate::http::HttpParts;
+use crate::metrics::Metrics;
+use crate::stage::{self, Stage};
 use crate::startup::{self, StartupError};
 
 /// How long connections may take to close once every call has its status.
@@ -65,11 +68,13 @@ pub async fn run(
     let health = HealthReporter::new();
     report(&health, ServingStatus::NotServing).await;
     let backend = Arc::new(OnceLock::new());
-    let mut server = Server::start(listener, Arc::clone(&backend), health);
+    let clock: Arc<dyn Clock> = Arc::new(MonotonicClock::start());
+    let (stage, stages) = stage::channel();
+    let metrics = Arc::new(Metrics::new(&clock, stages));
+    let parts = HttpParts { metrics: Arc::clone(&metrics) };
+    let mut server = Server::start(listener, Arc::clone(&backend), health, parts);
     let grace = config.edge.grace;
-    let mut loading = off_the_runtime("loader", move || {
-        startup::start(&config, Arc::new(MonotonicClock::start()))
-    })?;
+    let mut loading = off_the_runtime("loader", move || startup::start(&config, clock, &metrics))?;
 
     let loaded = tokio::select! {
         loaded = &mut loading => loaded.map_err(|_| RunError::EngineEnded)?,
@@ -87,11 +92,15 @@ pub async fn run(
     let mut engine_end = watch(thread)?;
     // The cell is filled here and nowhere else.
     let _ = backend.set(ready);
+    stage.send_replace(Stage::Serving);
     report(&server.health, ServingStatus::Serving).await;
     tracing::info!("ready");
 
     tokio::select! {
-        () = &mut shutdown => drain(server, &engine, engine_end, grace).await,
+        () = &mut shutdown => {
+            stage.send_replace(Stage::Draining);
+            drain(server, &engine, engine_end, grace).await
+        }
         _ = &mut engine_end => {
             server.close().await?;
             Err(RunError::EngineEnded)
@@ -143,6 +152,7 @@ impl Server {
         listener: TcpListener,
         backend: Arc<OnceLock<Backend>>,
         health: HealthReporter,
+        http: HttpParts,
     ) -> Self {
         let (stop, stopped) = oneshot::channel();
         let stopped = async move {
@@ -150,7 +160,7 @@ impl Server {
         };
         let calls = Calls::new();
         let service = CompletionsService::new(backend, calls.clone());
-        let serving = transport::serve(listener, service, health.clone(), stopped);
+        let serving = transport::serve(listener, service, (health.clone(), http), stopped);
         Self { task: tokio::spawn(serving), stop: Some(stop), health, calls }
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use slipstream_proto::v1::completions_server::CompletionsServer;
 use tokio::net::TcpListener;
+use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic_health::pb::health_server::HealthServer;
@@ -12,6 +13,7 @@ use tonic_health::server::{HealthReporter, HealthService};
 
 use crate::grpc::limits;
 use crate::grpc::service::CompletionsService;
+use crate::http::{self, HttpParts};
 
 /// Streams of one connection. Far above HTTP/2's usual 100 to 200: one client process multiplexes
 /// all its completions over one connection.
@@ -32,19 +34,21 @@ const PENDING_RESETS_MAX: usize = 64;
 pub(crate) async fn serve(
     listener: TcpListener,
     completions: CompletionsService,
-    health: HealthReporter,
+    (health, http_parts): (HealthReporter, HttpParts),
     stop: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
     let completions =
         CompletionsServer::new(completions).max_decoding_message_size(limits::MESSAGE_BYTES_MAX);
+    let health = HealthServer::new(HealthService::from_health_reporter(health));
+    let router = Routes::new(health).add_service(completions).into_axum_router();
     Server::builder()
+        .accept_http1(true)
         .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .http2_max_header_list_size(HEADER_BYTES_MAX)
         .http2_max_pending_accept_reset_streams(Some(PENDING_RESETS_MAX))
-        .add_service(HealthServer::new(HealthService::from_health_reporter(health)))
-        .add_service(completions)
+        .add_routes(Routes::from(router.merge(http::routes(http_parts))))
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stop)
         .await
 }
