@@ -16,6 +16,7 @@ mod grpc;
 mod grpc_exactness;
 mod grpc_lifecycle;
 mod kernels;
+mod metrics;
 mod model_files;
 mod noise;
 mod recorded_output;

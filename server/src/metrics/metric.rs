@@ -115,29 +115,49 @@ impl Metric {
         Self { kind: Kind::Gauge, ..Self::counter(name, unit, help, read) }
     }
 
-    /// A histogram.
+    /// A counter with one value per set of labels.
+    pub(super) const fn counter_by(
+        name: &'static str,
+        unit: Unit,
+        help: &'static str,
+        labels: &'static [&'static str],
+        read: fn(&Reading<'_>) -> Vec<Sample>,
+    ) -> Self {
+        let source = Source::Many(read);
+        Self { name, kind: Kind::Counter, unit, labels, help, de_facto: None, source }
+    }
+
+    /// A gauge with one value per set of labels.
+    pub(super) const fn gauge_by(
+        name: &'static str,
+        unit: Unit,
+        help: &'static str,
+        labels: &'static [&'static str],
+        read: fn(&Reading<'_>) -> Vec<Sample>,
+    ) -> Self {
+        Self { kind: Kind::Gauge, ..Self::counter_by(name, unit, help, labels, read) }
+    }
+
+    /// A histogram without labels.
     pub(super) const fn histogram(
         name: &'static str,
         unit: Unit,
         help: &'static str,
         observed: for<'a> fn(&'a Metrics) -> Vec<Observed<'a>>,
     ) -> Self {
-        let source = Source::Histograms(observed);
-        Self { name, kind: Kind::Histogram, unit, labels: &[], help, de_facto: None, source }
+        Self::histogram_by(name, unit, help, &[], observed)
     }
 
-    /// The same with one value per set of labels.
-    pub(super) const fn by(
-        self,
+    /// A histogram per set of labels.
+    pub(super) const fn histogram_by(
+        name: &'static str,
+        unit: Unit,
+        help: &'static str,
         labels: &'static [&'static str],
-        read: fn(&Reading<'_>) -> Vec<Sample>,
+        observed: for<'a> fn(&'a Metrics) -> Vec<Observed<'a>>,
     ) -> Self {
-        Self { labels, source: Source::Many(read), ..self }
-    }
-
-    /// The same with labels whose values the source gives already.
-    pub(super) const fn labelled(self, labels: &'static [&'static str]) -> Self {
-        Self { labels, ..self }
+        let source = Source::Histograms(observed);
+        Self { name, kind: Kind::Histogram, unit, labels, help, de_facto: None, source }
     }
 
     /// The same, known to dashboards under another name, too.

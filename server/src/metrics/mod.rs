@@ -14,6 +14,7 @@ mod process;
 mod reading;
 pub mod reference;
 pub(crate) mod tally;
+mod values;
 
 use std::sync::{Arc, OnceLock};
 

@@ -1,15 +1,12 @@
 //! The one table of every metric: what `/metrics` shows is these rows and nothing else. Knows where
 //! each value is read; counts nothing itself.
 
-use prometheus::Histogram;
-use slipstream_model::clock::Micros;
-use slipstream_model::kernels::{Isa, NUMERICS_VERSION};
-
-use super::metric::{Metric, Observed, Sample, Unit};
+use super::metric::{Metric, Unit};
 use super::net::CloseReason;
-use super::reading::Reading;
-use crate::engine::{FinishedBy, POSITIONS_MAX};
-use crate::stage::Stage;
+use super::values::{
+    build, count, finished_by, finished_reason, flag, kv_usage, model, only, per_position, seconds,
+    stages,
+};
 
 /// Every metric, in the order of the page.
 pub const METRICS: &[Metric] = &[
@@ -20,13 +17,13 @@ pub const METRICS: &[Metric] = &[
         "Requests that the engine took.",
         |r| count(r.engine.counters.submitted),
     ),
-    Metric::counter(
+    Metric::counter_by(
         "slipstream_requests_finished_total",
         Unit::Number("requests"),
         "Requests that came to an end, by how they ended.",
-        |_| None,
-    )
-    .by(&["reason"], |r| finished_by(&r.engine.counters.finished_by)),
+        &["reason"],
+        |r| finished_by(&r.engine.counters.finished_by),
+    ),
     Metric::counter(
         "slipstream_requests_released_total",
         Unit::Number("requests"),
@@ -34,13 +31,13 @@ pub const METRICS: &[Metric] = &[
          idle.",
         |r| count(r.engine.counters.released),
     ),
-    Metric::counter(
+    Metric::counter_by(
         "slipstream_request_success_total",
         Unit::Number("requests"),
         "Requests that came to an end, by the four reasons that dashboards know.",
-        |_| None,
+        &["finished_reason"],
+        |r| finished_reason(&r.engine.counters.finished_by),
     )
-    .by(&["finished_reason"], |r| finished_reason(&r.engine.counters.finished_by))
     .also("vllm:request_success_total"),
     Metric::gauge(
         "slipstream_requests_live",
@@ -150,13 +147,13 @@ pub const METRICS: &[Metric] = &[
         |r| count(r.engine.counters.proposed),
     )
     .also("vllm:spec_decode_num_draft_tokens_total"),
-    Metric::counter(
+    Metric::counter_by(
         "slipstream_spec_decode_num_draft_tokens_per_pos_total",
         Unit::Number("tokens"),
         "Proposed tokens verified, by position in their proposal.",
-        |_| None,
-    )
-    .by(&["position"], |r| per_position(r, &r.engine.counters.proposed_by_position)),
+        &["position"],
+        |r| per_position(r, &r.engine.counters.proposed_by_position),
+    ),
     Metric::counter(
         "slipstream_spec_decode_num_accepted_tokens_total",
         Unit::Number("tokens"),
@@ -164,13 +161,13 @@ pub const METRICS: &[Metric] = &[
         |r| count(r.engine.counters.accepted),
     )
     .also("vllm:spec_decode_num_accepted_tokens_total"),
-    Metric::counter(
+    Metric::counter_by(
         "slipstream_spec_decode_num_accepted_tokens_per_pos_total",
         Unit::Number("tokens"),
         "Proposed tokens accepted, by position in their proposal.",
-        |_| None,
+        &["position"],
+        |r| per_position(r, &r.engine.counters.accepted_by_position),
     )
-    .by(&["position"], |r| per_position(r, &r.engine.counters.accepted_by_position))
     .also("vllm:spec_decode_num_accepted_tokens_per_pos_total"),
     Metric::counter(
         "slipstream_draft_faults_total",
@@ -265,13 +262,13 @@ pub const METRICS: &[Metric] = &[
     )
     .also("vllm:request_generation_tokens"),
     // The server's own state.
-    Metric::gauge(
+    Metric::gauge_by(
         "slipstream_stage",
         Unit::Flag,
         "Where the server stands: 1 at the stage that it is in.",
-        |_| None,
-    )
-    .by(&["stage"], stages),
+        &["stage"],
+        stages,
+    ),
     Metric::gauge(
         "slipstream_engine_heartbeat_age_seconds",
         Unit::Seconds,
@@ -285,15 +282,20 @@ pub const METRICS: &[Metric] = &[
         "How long the step in progress has taken; 0 between two steps.",
         |r| seconds(r.metrics.engine.step_age()),
     ),
-    Metric::gauge("slipstream_build_info", Unit::Flag, "What this program is; always 1.", |_| None)
-        .by(&["version", "numerics_version", "isa"], |_| build()),
-    Metric::gauge(
+    Metric::gauge_by(
+        "slipstream_build_info",
+        Unit::Flag,
+        "What this program is; always 1.",
+        &["version", "numerics_version", "isa"],
+        |_| build(),
+    ),
+    Metric::gauge_by(
         "slipstream_model_info",
         Unit::Flag,
         "What it serves, once that is loaded; always 1.",
-        |_| None,
-    )
-    .by(&["model_name", "fingerprint"], model),
+        &["model_name", "fingerprint"],
+        model,
+    ),
     // The process, as the operating system sees it.
     Metric::gauge(
         "slipstream_process_start_time_seconds",
@@ -323,13 +325,13 @@ pub const METRICS: &[Metric] = &[
         "Connections taken.",
         |r| count(r.metrics.net.opened.get()),
     ),
-    Metric::counter(
+    Metric::counter_by(
         "slipstream_connections_closed_total",
         Unit::Number("connections"),
         "Connections that are over, by why.",
-        |_| None,
-    )
-    .by(&["reason"], |r| r.metrics.net.closed.samples::<CloseReason>()),
+        &["reason"],
+        |r| r.metrics.net.closed.samples::<CloseReason>(),
+    ),
     Metric::counter(
         "slipstream_connections_refused_total",
         Unit::Number("connections"),
@@ -356,102 +358,32 @@ pub const METRICS: &[Metric] = &[
         |r| count(r.metrics.net.streams_reset.get()),
     ),
     // Calls.
-    Metric::counter(
+    Metric::counter_by(
         "slipstream_grpc_calls_total",
         Unit::Number("calls"),
         "gRPC calls that have ended, by method and code; unknown methods together.",
-        |_| None,
-    )
-    .by(&["method", "code"], |r| r.metrics.calls.ended()),
-    Metric::gauge(
+        &["method", "code"],
+        |r| r.metrics.calls.ended(),
+    ),
+    Metric::gauge_by(
         "slipstream_grpc_calls_in_progress",
         Unit::Number("calls"),
         "gRPC calls that have not ended.",
-        |_| None,
-    )
-    .by(&["method"], |r| r.metrics.calls.in_progress()),
-    Metric::histogram(
+        &["method"],
+        |r| r.metrics.calls.in_progress(),
+    ),
+    Metric::histogram_by(
         "slipstream_grpc_call_duration_seconds",
         Unit::Seconds,
         "How long gRPC calls took, streams to their end.",
+        &["method"],
         |m| m.calls.seconds(),
-    )
-    .labelled(&["method"]),
-    Metric::counter(
+    ),
+    Metric::counter_by(
         "slipstream_http_requests_total",
         Unit::Number("requests"),
         "Plain HTTP requests answered, by path and status.",
-        |_| None,
-    )
-    .by(&["path", "status"], |r| r.metrics.http.samples()),
+        &["path", "status"],
+        |r| r.metrics.http.samples(),
+    ),
 ];
-
-fn count(value: u64) -> Option<f64> {
-    Some(value as f64)
-}
-
-fn flag(is_so: bool) -> Option<f64> {
-    Some(f64::from(u8::from(is_so)))
-}
-
-fn seconds(span: Micros) -> Option<f64> {
-    Some(span.0 as f64 / 1e6)
-}
-
-/// A histogram without labels.
-fn only(histogram: &Histogram) -> Vec<Observed<'_>> {
-    vec![(Vec::new(), histogram)]
-}
-
-fn kv_usage(r: &Reading<'_>) -> Option<f64> {
-    let used = r.engine.num_blocks - r.engine.num_free_blocks;
-    Some(used as f64 / r.engine.num_blocks.max(1) as f64)
-}
-
-fn named(name: &str, value: u64) -> Sample {
-    (vec![name.to_owned()], value as f64)
-}
-
-fn finished_by(by: &FinishedBy) -> Vec<Sample> {
-    vec![
-        named("end_token", by.end_token),
-        named("stop_string", by.stop_string),
-        named("length", by.length),
-        named("cancelled", by.cancelled),
-        named("deadline", by.deadline),
-        named("fault", by.fault),
-        named("shutting_down", by.shutting_down),
-    ]
-}
-
-/// The same in the words of other servers: an abort is an end that the client or its deadline
-/// wanted, an error one that nobody wanted.
-fn finished_reason(by: &FinishedBy) -> Vec<Sample> {
-    vec![
-        named("stop", by.end_token + by.stop_string),
-        named("length", by.length),
-        named("abort", by.cancelled + by.deadline),
-        named("error", by.fault + by.shutting_down),
-    ]
-}
-
-/// Positions that no draft may reach are left out; what is deeper than the last one counts there.
-fn per_position(r: &Reading<'_>, counts: &[u64; POSITIONS_MAX]) -> Vec<Sample> {
-    let shown = counts.iter().take(r.engine.draft_len_max).enumerate();
-    shown.map(|(position, count)| named(&position.to_string(), *count)).collect()
-}
-
-fn stages(r: &Reading<'_>) -> Vec<Sample> {
-    let all = [Stage::Loading, Stage::Serving, Stage::Draining];
-    all.map(|stage| named(stage.name(), u64::from(r.stage == stage))).to_vec()
-}
-
-fn build() -> Vec<Sample> {
-    let version = env!("CARGO_PKG_VERSION").to_owned();
-    vec![(vec![version, NUMERICS_VERSION.to_string(), Isa::detect().name().to_owned()], 1.0)]
-}
-
-fn model(r: &Reading<'_>) -> Vec<Sample> {
-    let served = r.metrics.served().into_iter();
-    served.map(|served| (vec![served.model.clone(), served.fingerprint.clone()], 1.0)).collect()
-}
