@@ -22,6 +22,7 @@ mod grpc_lifecycle;
 mod grpc_services;
 mod kernels;
 mod malformed_messages;
+mod metrics;
 mod model_files;
 mod noise;
 mod recorded_output;

@@ -6,7 +6,7 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use slipstream_model::clock::MonotonicClock;
+use slipstream_model::clock::{Clock, MonotonicClock};
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 
@@ -14,12 +14,12 @@ use crate::backend::Backend;
 use crate::config::{Config, EdgeConfig};
 use crate::engine::runner::EngineThread;
 use crate::grpc::calls::Calls;
-use crate::grpc::record::CallLog;
 use crate::grpc::routes::{self, GrpcParts, not_found};
 use crate::handle::EngineHandle;
+use crate::http::{self, HttpParts};
+use crate::metrics::Metrics;
 use crate::net::files;
 use crate::net::listener::{Port, PortParts};
-use crate::net::stats::NetStats;
 use crate::shutdown::Shutdown;
 use crate::stage::{self, Stage};
 use crate::startup::{self, StartupError};
@@ -86,11 +86,12 @@ pub(crate) async fn run_reporting(
     stage: watch::Sender<Stage>,
 ) -> Result<(), RunError> {
     let backend = Arc::new(OnceLock::new());
-    let mut edge = Edge::open(listeners, &config.edge, Arc::clone(&backend), stage);
+    let clock: Arc<dyn Clock> = Arc::new(MonotonicClock::start());
+    let metrics = Arc::new(Metrics::new(&clock, stage.subscribe()));
+    let mut edge =
+        Edge::open(listeners, &config.edge, Arc::clone(&backend), (stage, Arc::clone(&metrics)));
     let grace = config.edge.grace;
-    let mut loading = off_the_runtime("loader", move || {
-        startup::start(&config, Arc::new(MonotonicClock::start()))
-    })?;
+    let mut loading = off_the_runtime("loader", move || startup::start(&config, clock, &metrics))?;
     let loaded = tokio::select! {
         loaded = &mut loading => loaded.map_err(|_| RunError::EngineEnded)?,
         () = shutdown.drain() => {
@@ -195,7 +196,7 @@ impl Edge {
         listeners: Listeners,
         config: &EdgeConfig,
         backend: Arc<OnceLock<Backend>>,
-        stage: watch::Sender<Stage>,
+        (stage, metrics): (watch::Sender<Stage>, Arc<Metrics>),
     ) -> Self {
         let calls = Calls::new();
         let grpc = routes::routes(GrpcParts {
@@ -203,10 +204,10 @@ impl Edge {
             calls: calls.clone(),
             edge: config.clone(),
             stage: stage.subscribe(),
-            log: Arc::new(CallLog::new()),
+            counters: Arc::clone(&metrics.calls),
         });
-        let http = axum::Router::new();
-        let stats = Arc::new(NetStats::default());
+        let stats = Arc::clone(&metrics.net);
+        let http = http::routes(HttpParts { metrics });
         let num_ports = 1 + usize::from(listeners.http.is_some());
         let connections_max = files::make_room(config.net.connections_max * num_ports) / num_ports;
         let net = Arc::new(config.net.clone());

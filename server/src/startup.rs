@@ -27,6 +27,7 @@ use crate::embedded;
 use crate::engine::runner::{self, EngineThread};
 use crate::engine::{Engine, EngineParts};
 use crate::grpc::served::{ServedDraft, ServedModel};
+use crate::metrics::{Metrics, ServedName};
 
 /// Memory of the verifier's KV pool unless configured.
 const KV_BYTES_DEFAULT_MAX: u64 = 1 << 30;
@@ -119,9 +120,12 @@ impl Assembly {
 pub(crate) fn start(
     config: &Config,
     clock: Arc<dyn Clock>,
+    metrics: &Metrics,
 ) -> Result<(Backend, EngineThread), StartupError> {
     let Assembly { engine, served } = assemble(config, Arc::clone(&clock))?;
-    let (engine, thread) = runner::spawn(engine, config.requests_max())?;
+    let (model, fingerprint) = (served.name.clone(), served.fingerprint.clone());
+    let recorder = metrics.engine_starts(ServedName { model, fingerprint });
+    let (engine, thread) = runner::spawn(engine, config.requests_max(), recorder)?;
     Ok((Backend { model: Arc::new(served), engine, clock }, thread))
 }
 

@@ -114,7 +114,26 @@ impl Checker {
         let is_sound = counters.submitted - counters.released == num_held
             && counters.finished - counters.released == num_over
             && counters.accepted <= counters.proposed;
-        claim(is_sound, || format!("I6: {counters:?} with {num_held} held, {num_over} over"))
+        claim(is_sound, || format!("I6: {counters:?} with {num_held} held, {num_over} over"))?;
+        let by = counters.finished_by;
+        let num_natural = by.end_token + by.stop_string + by.length;
+        let num_forced =
+            by.client_gone + by.aborted + by.stalled + by.deadline + by.fault + by.shutting_down;
+        let proposed: u64 = counters.proposed_by_position.iter().sum();
+        let accepted: u64 = counters.accepted_by_position.iter().sum();
+        let is_split_right = num_natural + num_forced == counters.finished
+            && (proposed, accepted) == (counters.proposed, counters.accepted)
+            && counters.drafts == counters.proposed_by_position[0]
+            && counters.taken <= counters.committed;
+        claim(is_split_right, || format!("I6: parts and sums differ: {counters:?}"))?;
+        let shown = engine.snapshot();
+        let num_live = shown.num_running + shown.num_waiting;
+        let is_shown_right = shown.counters == *counters
+            && shown.num_held as u64 == num_held
+            && num_live as u64 + num_over == num_held
+            && shown.num_free_blocks == engine.blocks().num_free()
+            && shown.is_draft_quarantined == engine.is_draft_quarantined();
+        claim(is_shown_right, || format!("I6: shown is {shown:?}, counted {counters:?}"))
     }
 
     /// I2: what counts as computed really is in the store, and nothing beyond it is held.

@@ -141,8 +141,7 @@ impl Engine {
             usage.proposed_by_position[depth] += 1;
             usage.accepted_by_position[depth] += usize::from(depth < accepted_len);
         }
-        self.counters.proposed += proposed_len as u64;
-        self.counters.accepted += accepted_len as u64;
+        self.counters.add_proposal(proposed_len, accepted_len);
     }
 }
 

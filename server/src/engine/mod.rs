@@ -4,6 +4,7 @@
 //! first.
 
 mod commit;
+mod counters;
 pub mod event;
 mod output;
 mod proposing;
@@ -31,6 +32,7 @@ use proposing::Draft;
 use request::{Request, SubmitError};
 use sequence::Sequence;
 
+pub use counters::{Counters, EngineSnapshot, FinishedBy, POSITIONS_MAX};
 pub use sequence::Phase;
 pub use step::StepReport;
 
@@ -79,37 +81,6 @@ pub struct EngineParts {
     pub token_bytes: Arc<TokenBytes>,
     /// Where to read the time.
     pub clock: Arc<dyn Clock>,
-}
-
-/// What has happened so far, for metrics and invariant checks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Steps that computed rows.
-    pub steps: u64,
-    /// Rows computed.
-    pub rows: u64,
-    /// Requests taken.
-    pub submitted: u64,
-    /// Requests that came to an end.
-    pub finished: u64,
-    /// Requests whose end was taken, or whose reader has gone: nothing of them is left.
-    pub released: u64,
-    /// Output tokens committed.
-    pub committed: u64,
-    /// Proposed tokens verified.
-    pub proposed: u64,
-    /// Proposed tokens accepted.
-    pub accepted: u64,
-    /// Steps in which the draft failed as a whole.
-    pub draft_faults: u64,
-    /// Single proposals dropped as nonsense.
-    pub dropped_proposals: u64,
-    /// Times that a draft was put into quarantine.
-    pub quarantines: u64,
-    /// Times that a sequence gave its blocks back before its end.
-    pub preemptions: u64,
-    /// Steps in which the verifier failed.
-    pub verifier_failures: u64,
 }
 
 /// One sequence as invariant checks see it.
@@ -169,9 +140,10 @@ impl Engine {
         self.check(id, &request)?;
         let mut output = Output::default();
         let end = self.feed_prefix(&request, &mut output);
+        self.counters.submitted += 1;
+        self.counters.prompt_tokens += request.prompt.len() as u64;
         let sequence = Sequence::new(id, request, output);
         self.sequences.insert(id, sequence);
-        self.counters.submitted += 1;
         if let Some(reason) = end {
             self.finish(id, reason);
         }
@@ -265,7 +237,7 @@ impl Engine {
         self.blocks.release(&mut sequence.blocks);
         sequence.computed_len = 0;
         self.draft.release(id);
-        self.counters.finished += 1;
+        self.counters.add_end(reason);
         let arrival = sequence.request.arrival;
         let finished = Finished {
             reason,
@@ -306,9 +278,13 @@ impl Engine {
     /// nothing of the request is left in the engine.
     pub fn take_event(&mut self, id: SequenceId) -> Option<Event> {
         let event = self.sequences.get_mut(&id)?.output.take_event();
-        if matches!(event, Some(Event::Finished(_))) {
-            self.sequences.remove(&id);
-            self.counters.released += 1;
+        match &event {
+            Some(Event::Tokens(tokens)) => self.counters.taken += tokens.tokens.len() as u64,
+            Some(Event::Finished(_)) => {
+                self.sequences.remove(&id);
+                self.counters.released += 1;
+            }
+            None => {}
         }
         event
     }

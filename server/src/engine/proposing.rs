@@ -41,6 +41,10 @@ impl Draft {
         self.proposer.is_some() && !self.is_quarantined
     }
 
+    pub(super) fn is_installed(&self) -> bool {
+        self.proposer.is_some()
+    }
+
     pub(super) fn is_quarantined(&self) -> bool {
         self.is_quarantined
     }

@@ -15,8 +15,10 @@ use super::Engine;
 use super::event::{CancelReason, Event};
 use super::request::SubmitError;
 use crate::handle::{Canceller, Command, EngineHandle, Submission};
+use crate::metrics::engine::{EngineRecorder, Pace};
 
-/// How often output is offered again to readers whose queue was full, while nothing else happens.
+/// How often output is offered again to readers whose queue was full, and the metrics to a scrape
+/// that was just looking, while nothing else happens.
 const STALLED_POLL: Duration = Duration::from_millis(2);
 
 /// The running engine thread.
@@ -39,9 +41,15 @@ impl EngineThread {
 ///
 /// # Errors
 /// When the operating system refuses the thread.
-pub fn spawn(engine: Engine, max_requests: usize) -> io::Result<(EngineHandle, EngineThread)> {
+pub(crate) fn spawn(
+    engine: Engine,
+    max_requests: usize,
+    recorder: EngineRecorder,
+) -> io::Result<(EngineHandle, EngineThread)> {
     let (sender, commands) = channel::bounded(EngineHandle::queue_capacity(max_requests));
     let runner = Runner {
+        is_shown: recorder.step_ends(&engine),
+        recorder,
         engine,
         commands,
         readers: HashMap::new(),
@@ -57,6 +65,7 @@ pub fn spawn(engine: Engine, max_requests: usize) -> io::Result<(EngineHandle, E
 struct Reader {
     events: mpsc::Sender<Event>,
     canceller: Canceller,
+    pace: Pace,
 }
 
 struct Runner {
@@ -66,6 +75,9 @@ struct Runner {
     is_draining: bool,
     /// Whether some reader's queue was full when last offered output.
     is_stalled: bool,
+    recorder: EngineRecorder,
+    /// Whether the recorder has shown what the engine is now.
+    is_shown: bool,
     /// Scratch.
     news: Vec<SequenceId>,
 }
@@ -73,18 +85,21 @@ struct Runner {
 impl Runner {
     fn run(mut self) {
         while self.take_commands() {
+            self.recorder.step_begins();
             self.engine.step();
             self.deliver();
+            self.is_shown = self.recorder.step_ends(&self.engine);
         }
         self.engine.shut_down();
         self.deliver();
+        self.recorder.ends(&self.engine);
     }
 
     /// Takes all commands that wait, and waits for one when there is nothing else to do. Returns
     /// false when the thread shall end.
     fn take_commands(&mut self) -> bool {
         if !self.engine.has_work() {
-            let first = if self.is_stalled {
+            let first = if self.is_stalled || !self.is_shown {
                 self.commands.recv_timeout(STALLED_POLL)
             } else {
                 self.commands.recv().map_err(|_| RecvTimeoutError::Disconnected)
@@ -124,13 +139,14 @@ impl Runner {
 
     fn submit(&mut self, submission: Submission) {
         let Submission { id, request, events, canceller, reply } = submission;
+        let pace = Pace::new(request.arrival);
         let result = if self.is_draining {
             Err(SubmitError::ShuttingDown)
         } else {
             self.engine.submit(id, request)
         };
         if result.is_ok() {
-            self.readers.insert(id, Reader { events, canceller });
+            self.readers.insert(id, Reader { events, canceller, pace });
         }
         // A caller that no longer waits has dropped its stream, whose cancel follows in the queue.
         let _ = reply.send(result);
@@ -152,7 +168,7 @@ impl Runner {
     /// Keeps the reader while its request goes on or output is left. A request that has ended gives
     /// its place back even when nobody reads: what is unread is bounded.
     fn deliver_to(&mut self, id: SequenceId) {
-        let Some(reader) = self.readers.remove(&id) else {
+        let Some(mut reader) = self.readers.remove(&id) else {
             self.engine.forget(id, CancelReason::ClientGone);
             return;
         };
@@ -164,6 +180,7 @@ impl Runner {
                 Ok(permit) => {
                     let Some(event) = self.engine.take_event(id) else { break };
                     let is_last = matches!(event, Event::Finished(_));
+                    self.recorder.hands_over(&mut reader.pace, &event);
                     permit.send(event);
                     if is_last {
                         return;

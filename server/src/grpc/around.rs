@@ -16,9 +16,10 @@ use tracing::Instrument;
 use crate::grpc::caller::{CallId, REQUEST_ID};
 use crate::grpc::framing::{FrameLimits, FramedBody};
 use crate::grpc::methods::{self, METHODS};
-use crate::grpc::record::{CallLog, Recorder};
+use crate::grpc::record::Recorder;
 use crate::grpc::status::CallError;
 use crate::grpc::trace_context::TraceContext;
+use crate::metrics::calls::CallCounters;
 
 /// Characters of an unknown path that its error repeats.
 const PATH_SHOWN_MAX: usize = 100;
@@ -26,10 +27,10 @@ const PATH_SHOWN_MAX: usize = 100;
 const GRPC_ACCEPT_ENCODING: &str = "grpc-accept-encoding";
 
 /// What all calls need.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Surroundings {
     /// Where calls are recorded.
-    pub(crate) log: Arc<CallLog>,
+    pub(crate) counters: Arc<CallCounters>,
     /// One request message, in bytes.
     pub(crate) message_bytes_max: usize,
 }
@@ -46,7 +47,7 @@ pub(crate) async fn around(
     let id = CallId::of(request.headers());
     let index = methods::index_of(request.uri().path());
     let span = span_of(index, request.headers());
-    let recorder = Recorder::begin(surroundings.log, index, span.clone());
+    let recorder = Recorder::begin(surroundings.counters.begin(index), span.clone());
     let Some(index) = index else {
         span.record(REQUEST_ID_FIELD, id.0.as_str());
         return recorder.watch(unknown_method(request.uri(), &id), &id.0);

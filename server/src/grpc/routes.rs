@@ -21,10 +21,10 @@ use crate::grpc::health;
 use crate::grpc::live_calls::LiveCalls;
 use crate::grpc::models::ModelsService;
 use crate::grpc::offload::Offload;
-use crate::grpc::record::CallLog;
 use crate::grpc::service::CompletionsService;
 use crate::grpc::shared::Shared;
 use crate::grpc::tokenization::TokenizationService;
+use crate::metrics::calls::CallCounters;
 use crate::stage::Stage;
 
 pub(crate) use crate::grpc::around::not_found;
@@ -40,14 +40,14 @@ pub(crate) struct GrpcParts {
     /// Where the server stands.
     pub(crate) stage: watch::Receiver<Stage>,
     /// Where calls are recorded.
-    pub(crate) log: Arc<CallLog>,
+    pub(crate) counters: Arc<CallCounters>,
 }
 
 /// Every service on its path. Needs a running tokio runtime for the sweeper of stalled calls, which
 /// ends with the last clone of the router, and for health, which ends with the stage. Paths that are none of these are for the caller's
 /// fallback: [`not_found`].
 pub(crate) fn routes(parts: GrpcParts) -> Router {
-    let GrpcParts { backend, calls, edge, stage, log } = parts;
+    let GrpcParts { backend, calls, edge, stage, counters } = parts;
     let health = health::following(stage.clone());
     let live = LiveCalls::start(edge.stall_limit);
     let shared = Shared { backend, calls, live, offload: Offload::new(), stage };
@@ -65,7 +65,7 @@ pub(crate) fn routes(parts: GrpcParts) -> Router {
         models = models.accept_compressed(gzip).send_compressed(gzip);
         tokenization = tokenization.accept_compressed(gzip).send_compressed(gzip);
     }
-    let surroundings = Surroundings { log, message_bytes_max: limit };
+    let surroundings = Surroundings { counters, message_bytes_max: limit };
     Routes::from(Router::new())
         .add_service(completions)
         .add_service(models)

@@ -1,0 +1,157 @@
+//! Owns what the engine counts, and one consistent picture of it for readers on other threads.
+//! Plain numbers: knows no registry, no names and no threads.
+
+use super::event::{CancelReason, FinishReason};
+use super::sequence::Phase;
+use super::{Engine, SequenceView};
+
+/// Positions of a proposal that are counted apart; deeper ones count with the last of them. Twice
+/// the deepest draft that settings allow, so that what is shown has a bound of its own.
+pub const POSITIONS_MAX: usize = 16;
+
+/// What has happened so far, for metrics and invariant checks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Steps that computed rows.
+    pub steps: u64,
+    /// Rows computed.
+    pub rows: u64,
+    /// Requests taken.
+    pub submitted: u64,
+    /// Prompt tokens of the requests taken.
+    pub prompt_tokens: u64,
+    /// Requests that came to an end.
+    pub finished: u64,
+    /// The same by reason.
+    pub finished_by: FinishedBy,
+    /// Requests whose end was taken, or whose reader has gone: nothing of them is left.
+    pub released: u64,
+    /// Output tokens committed.
+    pub committed: u64,
+    /// Output tokens taken as events. Fewer than committed: stop strings and forced ends take
+    /// tokens back, and readers go.
+    pub taken: u64,
+    /// Proposals verified.
+    pub drafts: u64,
+    /// Proposed tokens verified.
+    pub proposed: u64,
+    /// Proposed tokens accepted.
+    pub accepted: u64,
+    /// Proposed tokens verified, by position.
+    pub proposed_by_position: [u64; POSITIONS_MAX],
+    /// Proposed tokens accepted, by position.
+    pub accepted_by_position: [u64; POSITIONS_MAX],
+    /// Steps in which the draft failed as a whole.
+    pub draft_faults: u64,
+    /// Single proposals dropped as nonsense.
+    pub dropped_proposals: u64,
+    /// Times that a draft was put into quarantine.
+    pub quarantines: u64,
+    /// Times that a sequence gave its blocks back before its end.
+    pub preemptions: u64,
+    /// Steps in which the verifier failed.
+    pub verifier_failures: u64,
+}
+
+impl Counters {
+    /// Counts the verified part of one proposal.
+    pub(super) fn add_proposal(&mut self, proposed_len: usize, accepted_len: usize) {
+        self.drafts += u64::from(proposed_len > 0);
+        self.proposed += proposed_len as u64;
+        self.accepted += accepted_len as u64;
+        for depth in 0..proposed_len {
+            let position = depth.min(POSITIONS_MAX - 1);
+            self.proposed_by_position[position] += 1;
+            self.accepted_by_position[position] += u64::from(depth < accepted_len);
+        }
+    }
+
+    /// Counts the end of one request.
+    pub(super) fn add_end(&mut self, reason: FinishReason) {
+        self.finished += 1;
+        let by = &mut self.finished_by;
+        let count = match reason {
+            FinishReason::EndToken(_) => &mut by.end_token,
+            FinishReason::StopString(_) => &mut by.stop_string,
+            FinishReason::Length => &mut by.length,
+            FinishReason::Cancelled(CancelReason::ClientGone) => &mut by.client_gone,
+            FinishReason::Cancelled(CancelReason::Aborted) => &mut by.aborted,
+            FinishReason::Cancelled(CancelReason::Stalled) => &mut by.stalled,
+            FinishReason::DeadlineExceeded => &mut by.deadline,
+            FinishReason::Fault(_) => &mut by.fault,
+            FinishReason::ShuttingDown => &mut by.shutting_down,
+        };
+        *count += 1;
+    }
+}
+
+/// Requests that came to an end, by [`FinishReason`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FinishedBy {
+    /// An end token was chosen.
+    pub end_token: u64,
+    /// A stop string was completed.
+    pub stop_string: u64,
+    /// A limit was reached.
+    pub length: u64,
+    /// The client cancelled or went away.
+    pub client_gone: u64,
+    /// Somebody asked for its end by its id.
+    pub aborted: u64,
+    /// The client took nothing for longer than the stall limit.
+    pub stalled: u64,
+    /// The deadline passed.
+    pub deadline: u64,
+    /// The sequence failed.
+    pub fault: u64,
+    /// The server shut down.
+    pub shutting_down: u64,
+}
+
+/// The engine between two steps, as others see it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EngineSnapshot {
+    /// What has happened so far.
+    pub counters: Counters,
+    /// Sequences that hold KV blocks and take part in steps.
+    pub num_running: usize,
+    /// Sequences that wait for room, preempted ones included.
+    pub num_waiting: usize,
+    /// Sequences held, finished ones with unsent output included.
+    pub num_held: usize,
+    /// KV blocks of the verifier's pool.
+    pub num_blocks: usize,
+    /// Of these, blocks that nobody holds.
+    pub num_free_blocks: usize,
+    /// Longest draft length of a request.
+    pub draft_len_max: usize,
+    /// Whether a draft is installed.
+    pub has_draft: bool,
+    /// Whether it is in quarantine.
+    pub is_draft_quarantined: bool,
+}
+
+impl Engine {
+    /// A consistent picture of the engine. Costs one look at every sequence held.
+    #[must_use]
+    pub fn snapshot(&self) -> EngineSnapshot {
+        let mut snapshot = EngineSnapshot {
+            counters: self.counters,
+            num_blocks: self.blocks.num_blocks(),
+            num_free_blocks: self.blocks.num_free(),
+            draft_len_max: self.config.draft_len_max,
+            has_draft: self.draft.is_installed(),
+            is_draft_quarantined: self.draft.is_quarantined(),
+            ..EngineSnapshot::default()
+        };
+        for SequenceView { phase, .. } in self.sequences() {
+            snapshot.num_held += 1;
+            match phase {
+                Phase::Running => snapshot.num_running += 1,
+                Phase::Waiting | Phase::Preempted => snapshot.num_waiting += 1,
+                Phase::Finished(_) => {}
+            }
+        }
+        snapshot
+    }
+}
