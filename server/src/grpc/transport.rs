@@ -41,6 +41,7 @@ pub(crate) async fn serve(
         CompletionsServer::new(completions).max_decoding_message_size(limits::MESSAGE_BYTES_MAX);
     let health = HealthServer::new(HealthService::from_health_reporter(health));
     let router = Routes::new(health).add_service(completions).into_axum_router();
+    let router = router.merge(http::routes(http_parts.clone()));
     Server::builder()
         .accept_http1(true)
         .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
@@ -48,7 +49,7 @@ pub(crate) async fn serve(
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .http2_max_header_list_size(HEADER_BYTES_MAX)
         .http2_max_pending_accept_reset_streams(Some(PENDING_RESETS_MAX))
-        .add_routes(Routes::from(router.merge(http::routes(http_parts))))
+        .add_routes(Routes::from(http::with_fallback(router, http_parts)))
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stop)
         .await
 }
