@@ -1,9 +1,10 @@
-//! Proves that what is shown over HTTP is what happened: every metric of the table and no other, in
-//! the format that Prometheus reads, equal to what clients saw, never falling, balanced at rest; and
-//! that probes follow the life of the server.
+//! Proves that what is shown over HTTP is what happened: every metric of the table and no other,
+//! in the format that Prometheus reads, equal to what clients saw, never falling, balanced at rest;
+//! and that probes follow the life of the server.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::future::poll_fn;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,7 @@ use slipstream_tests::plain_http::{get, request};
 use tokio::task::JoinSet;
 use tokio_stream::StreamExt;
 use tonic::Code;
+use tonic::codegen::Service;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
@@ -425,6 +427,16 @@ fn probes_follow_the_stages() {
     });
 }
 
+/// The gRPC status of a method that no server has.
+async fn status_of_made_up_method(server: &LocalServer) -> Option<String> {
+    let mut channel = server.channel();
+    poll_fn(|context| channel.poll_ready(context)).await.unwrap();
+    let call = http::Request::post("/made.up/Method").header("content-type", "application/grpc");
+    let answer = channel.call(call.body(tonic::body::Body::empty()).unwrap()).await.unwrap();
+    let status = answer.headers().get("grpc-status")?;
+    Some(status.to_str().unwrap().to_owned())
+}
+
 #[test]
 fn only_reading_is_allowed_and_queries_do_not_matter() {
     block_on(async {
@@ -444,12 +456,19 @@ fn only_reading_is_allowed_and_queries_do_not_matter() {
                 assert_eq!(refused.header("allow"), Some("GET,HEAD"), "{method} {path}");
             }
         }
+        for path in ["/nothing", "/metrics/", "//", "/health/x"] {
+            let lost = get(address, path).await;
+            assert_eq!(lost.status, 404, "{path}");
+            assert!(lost.body.contains("/metrics"), "{path}");
+        }
         let page = page(&server, "/metrics").await;
         let answered = |path, status| {
             page.value("slipstream_http_requests_total", &[("path", path), ("status", status)])
         };
         assert_eq!((answered("/ready", "200"), answered("/ready", "405")), (Some(3.0), Some(3.0)));
-        assert_eq!(answered("/ready", "503"), Some(0.0));
+        assert_eq!((answered("/ready", "503"), answered("other", "404")), (Some(0.0), Some(4.0)));
+        let unimplemented = (Code::Unimplemented as i32).to_string();
+        assert_eq!(status_of_made_up_method(&server).await, Some(unimplemented));
         server.stop().await.unwrap();
     });
 }

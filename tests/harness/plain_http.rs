@@ -1,5 +1,5 @@
-//! Owns a plain HTTP/1.1 client as small as `curl`'s first request: one connection, one request, the
-//! bytes that come back. Knows no server.
+//! Owns a plain HTTP/1.1 client as small as `curl`'s first request: one connection, one request,
+//! the bytes that come back. Knows no server.
 
 use std::net::SocketAddr;
 use std::time::Duration;

@@ -155,3 +155,46 @@ impl Engine {
         snapshot
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use slipstream_model::choice::ChoiceFault;
+    use slipstream_model::ids::TokenId;
+
+    use super::{Counters, POSITIONS_MAX};
+    use crate::engine::event::{FinishReason, SequenceFault};
+
+    #[test]
+    fn every_end_counts_once_and_where_it_belongs() {
+        let mut counters = Counters::default();
+        let ends = [
+            FinishReason::EndToken(TokenId(1)),
+            FinishReason::StopString(0),
+            FinishReason::Length,
+            FinishReason::Cancelled,
+            FinishReason::DeadlineExceeded,
+            FinishReason::Fault(SequenceFault::VerifierFailed),
+            FinishReason::ShuttingDown,
+        ];
+        for (times, reason) in (1..).zip(ends) {
+            (0..times).for_each(|_| counters.add_end(reason));
+        }
+        let by = counters.finished_by;
+        assert_eq!([by.end_token, by.stop_string, by.length], [1, 2, 3]);
+        assert_eq!([by.cancelled, by.deadline, by.fault, by.shutting_down], [4, 5, 6, 7]);
+        assert_eq!(counters.finished, 28);
+        counters.add_end(FinishReason::Fault(SequenceFault::Choice(ChoiceFault::NotFinite)));
+        assert_eq!(counters.finished_by.fault, 7);
+    }
+
+    #[test]
+    fn deep_positions_count_with_the_last() {
+        let mut counters = Counters::default();
+        counters.add_proposal(POSITIONS_MAX + 3, POSITIONS_MAX + 1);
+        counters.add_proposal(0, 0);
+        assert_eq!(counters.drafts, 1);
+        assert_eq!(counters.proposed_by_position[POSITIONS_MAX - 1], 4);
+        assert_eq!(counters.accepted_by_position[POSITIONS_MAX - 1], 2);
+        assert_eq!(counters.accepted_by_position[..POSITIONS_MAX - 1], [1; POSITIONS_MAX - 1]);
+    }
+}

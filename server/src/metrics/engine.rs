@@ -1,9 +1,9 @@
 //! Owns what the engine thread tells the rest of the process: its counters after every step, its
 //! heartbeat, and how long requests took. The engine's side never waits for a reader.
 //!
-//! Cost on the engine thread: one snapshot per step, which looks at every sequence held, and one
-//! reading of the clock and one observation per event. `what_the_engine_pays` in this file's tests
-//! measures both and prints them: about 0.1 microseconds each, against steps that take hundreds.
+//! Cost on the engine thread, as measured once: 0.2 microseconds per step with 64 sequences (two
+//! readings of the clock and one look at every sequence held), 0.9 with 320; 0.04 per event (one
+//! reading and one observation). Steps of the smallest model take hundreds of microseconds.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};

@@ -14,6 +14,7 @@ const OTHER: &str = "other";
 #[derive(Clone, Copy)]
 enum Answer {
     Ok,
+    NotFound,
     MethodNotAllowed,
     Unavailable,
     Other,
@@ -21,7 +22,7 @@ enum Answer {
 
 impl Label for Answer {
     const ALL: &'static [Self] =
-        &[Self::Ok, Self::MethodNotAllowed, Self::Unavailable, Self::Other];
+        &[Self::Ok, Self::NotFound, Self::MethodNotAllowed, Self::Unavailable, Self::Other];
 
     fn index(self) -> usize {
         self as usize
@@ -30,6 +31,7 @@ impl Label for Answer {
     fn name(self) -> &'static str {
         match self {
             Self::Ok => "200",
+            Self::NotFound => "404",
             Self::MethodNotAllowed => "405",
             Self::Unavailable => "503",
             Self::Other => "other",
@@ -41,6 +43,7 @@ impl From<StatusCode> for Answer {
     fn from(status: StatusCode) -> Self {
         match status.as_u16() {
             200 => Self::Ok,
+            404 => Self::NotFound,
             405 => Self::MethodNotAllowed,
             503 => Self::Unavailable,
             _ => Self::Other,

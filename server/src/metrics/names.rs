@@ -93,12 +93,12 @@ pub const METRICS: &[Metric] = &[
         |r| count(r.engine.counters.rows),
     ),
     Metric::counter(
-        "slipstream_preemptions_total",
+        "slipstream_num_preemptions_total",
         Unit::Number("preemptions"),
-        "Times that a request gave its KV blocks back before its end; known to others \
-         as num_preemptions_total.",
+        "Times that a request gave its KV blocks back before its end.",
         |r| count(r.engine.counters.preemptions),
-    ),
+    )
+    .also("vllm:num_preemptions_total"),
     Metric::counter(
         "slipstream_verifier_failures_total",
         Unit::Number("steps"),

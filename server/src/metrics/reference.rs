@@ -8,16 +8,21 @@ use super::names::METRICS;
 const HEAD: &str = "\
 # Metrics
 
-Made from `server/src/metrics/names.rs`; a test compares. `SLIPSTREAM_WRITE_DOCS=1 cargo test` writes it anew.
+Made from `server/src/metrics/names.rs`; a test compares.
+`SLIPSTREAM_WRITE_DOCS=1 cargo test --release -p slipstream-tests documentation` writes it anew.
 
-- `/metrics`: everything below, in Prometheus's text format 0.0.4. Counters begin at zero with the process.
-- `/metrics/vllm`: what has a second name below, under that name, so that dashboards made for other servers work; `vllm:` metrics carry the label
-  `model_name`. Empty until the model is loaded.
-- `/health`: 200 while the process is sound, whatever its stage; 503 when the engine has been inside one step for more than 60 seconds or has ended.
-- `/ready`: 200 while requests are taken; 503 while loading, draining or unsound. A slow, failing or quarantined draft changes neither.
+- `/metrics`: everything below, in Prometheus's text format 0.0.4. Counters begin at zero with the
+  process.
+- `/metrics/vllm`: what has a second name below, under that name, so that dashboards made for other
+  servers work; `vllm:` metrics carry the label `model_name`. Empty until the model is loaded.
+- `/health`: 200 while the process is sound, whatever its stage; 503 when the engine has been inside
+  one step for more than 60 seconds or has ended.
+- `/ready`: 200 while requests are taken; 503 while loading, draining or unsound. A slow, failing or
+  quarantined draft changes neither.
 - `/version`: version, numerics version, instruction set, model and fingerprint.
 
-All answer GET and HEAD. A metric without a value, such as the model's name before it is loaded, is left out.
+All answer GET and HEAD. Another path gets 404, another gRPC method UNIMPLEMENTED. A metric without
+a value, such as the model's name before it is loaded, is left out.
 
 ";
 

@@ -1,5 +1,5 @@
-//! Owns the shapes in which the table's values are read: numbers, flags, spans, sets of labels. Knows
-//! no names of metrics.
+//! Owns the shapes in which the table's values are read: numbers, flags, spans, sets of labels.
+//! Knows no names of metrics.
 
 use prometheus::Histogram;
 use slipstream_model::clock::Micros;
