@@ -18,6 +18,8 @@ mod grpc_lifecycle;
 mod kernels;
 mod model_files;
 mod noise;
+mod raw_grpc;
+mod raw_http2;
 mod recorded_output;
 mod row_invariance;
 mod simulation;

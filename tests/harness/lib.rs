@@ -15,6 +15,7 @@ pub mod naive_choice;
 pub mod pieces;
 pub mod proposers;
 pub mod random;
+pub mod raw_http2;
 pub mod reference;
 pub mod requests;
 pub mod sim;
