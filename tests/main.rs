@@ -11,6 +11,7 @@ mod command_line;
 mod deadlines;
 mod distribution;
 mod exactness;
+mod floods;
 mod golden;
 mod grpc;
 mod grpc_exactness;

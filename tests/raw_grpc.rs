@@ -1,6 +1,6 @@
-//! Proves that whatever comes inside well-formed HTTP/2 as a gRPC call, its caller gets a status and
-//! the server goes on: broken prefixes, half messages, bytes that are no protobuf, wrong methods,
-//! types and deadlines.
+//! Proves that whatever comes inside well-formed HTTP/2 as a gRPC call, its caller gets a status
+//! and the server goes on: broken prefixes, half messages, bytes that are no protobuf, wrong
+//! methods, types and deadlines.
 
 use std::net::SocketAddr;
 
