@@ -10,6 +10,9 @@ use crate::config::LogFormat;
 /// What commands that only pass through log: warnings, and how far a long loading is.
 pub(crate) const QUIET: &str = "warn,slipstream_progress=info";
 
+/// What the HTTP/2 library would log as often as any peer likes. A filter that names it wins.
+const NOT_FOR_PEERS_TO_FILL: &str = "h2=error";
+
 /// The filter cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[error("--log: {0}")]
@@ -20,7 +23,7 @@ pub(crate) struct FilterError(#[from] tracing_subscriber::filter::ParseError);
 /// # Errors
 /// [`FilterError`] for a filter that cannot be read.
 pub(crate) fn start(format: LogFormat, filter: &str) -> Result<(), FilterError> {
-    let filter = EnvFilter::try_new(filter)?;
+    let filter = EnvFilter::try_new(format!("{NOT_FOR_PEERS_TO_FILL},{filter}"))?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

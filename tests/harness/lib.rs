@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a test that unwraps fails with the place and the value")]
 #![allow(clippy::disallowed_methods, reason = "statistics and table models never reach output")]
 
+pub mod attacks;
 pub mod checkers;
+pub mod child_server;
 pub mod client;
 pub mod collected;
 pub mod drive;
@@ -19,6 +21,7 @@ pub mod proposers;
 pub mod proxy;
 pub mod random;
 pub mod raw_call;
+pub mod raw_http2;
 pub mod reference;
 pub mod requests;
 pub mod serving;
