@@ -98,7 +98,7 @@ impl Serving {
     /// Starts a server and waits until it is ready.
     fn start() -> Self {
         let args = ["serve", "--listen", "127.0.0.1:0", "--log-format", "json"];
-        let mut process = slipstream(&[&args[..], &["--grace-seconds", "600"]].concat())
+        let mut process = slipstream(&[&args[..], &["--grace", "600s"]].concat())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();

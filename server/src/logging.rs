@@ -5,22 +5,31 @@ use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
 
-use crate::config::LogFormat;
+use crate::config::{ConfigError, LogFormat};
 
 /// What commands that only pass through log: warnings, and how far a long loading is.
 pub(crate) const QUIET: &str = "warn,slipstream_progress=info";
 
-/// The filter cannot be read.
-#[derive(Debug, thiserror::Error)]
-#[error("--log: {0}")]
-pub(crate) struct FilterError(#[from] tracing_subscriber::filter::ParseError);
+/// Reads a filter.
+///
+/// # Errors
+/// [`ConfigError`] for one that cannot be read.
+pub(crate) fn filter(text: &str) -> Result<EnvFilter, ConfigError> {
+    EnvFilter::try_new(text).map_err(|error| {
+        let problem = format!(
+            "{error}, got {text:?}: give a level such as info, or targets with levels such as \
+             slipstream_server=debug"
+        );
+        ConfigError::new("log", problem)
+    })
+}
 
 /// Starts logging for the whole process. Later calls change nothing.
 ///
 /// # Errors
-/// [`FilterError`] for a filter that cannot be read.
-pub(crate) fn start(format: LogFormat, filter: &str) -> Result<(), FilterError> {
-    let filter = EnvFilter::try_new(filter)?;
+/// [`ConfigError`] for a filter that cannot be read.
+pub(crate) fn start(format: LogFormat, filter: &str) -> Result<(), ConfigError> {
+    let filter = self::filter(filter)?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

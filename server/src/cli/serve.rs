@@ -1,24 +1,17 @@
 //! `slipstream serve`: listen, run, drain at the first signal.
 
-use std::time::Duration;
-
 use anyhow::Context;
 use tokio::net::TcpListener;
 
 use super::address::Address;
-use crate::config::{Config, ConfigError, EdgeConfig, ServeFlags};
-use crate::logging;
+use super::listen::Listen;
+use crate::config::ServeFlags;
 use crate::shutdown::Signals;
 
 /// Serves until a signal.
 pub(super) async fn run(flags: ServeFlags) -> anyhow::Result<()> {
-    logging::start(flags.log_format, &flags.log)?;
-    let config = Config::new(
-        &flags.model,
-        EdgeConfig::with_grace(Duration::from_secs(flags.grace_seconds)),
-    )?;
-    let address = Address::to_listen_on(&flags.listen)
-        .map_err(|problem| ConfigError::new("listen", problem.to_string()))?;
+    let config = flags.config()?;
+    let Listen { main: address, http: _ } = Listen::new(&flags)?;
     let listener = listen(&address).await?;
     let bound = listener.local_addr()?;
     if !bound.ip().is_loopback() {
