@@ -5,8 +5,10 @@
 
 mod bad_requests;
 mod blocks;
+mod chat;
 mod checkpoint_files;
 mod choice;
+mod client_errors;
 mod command_line;
 mod deadlines;
 mod distribution;
@@ -18,8 +20,10 @@ mod grpc_lifecycle;
 mod kernels;
 mod model_files;
 mod noise;
+mod program;
 mod recorded_output;
 mod row_invariance;
+mod settings;
 mod simulation;
 mod tidy;
 mod tokenizer;

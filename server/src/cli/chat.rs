@@ -237,6 +237,8 @@ impl Chat {
         let prompt = Prompt::Text(self.conversation.prompt(user));
         let mut message = self.flags.request.request(prompt);
         message.max_tokens = max_tokens;
+        message.token_bytes = self.flags.json;
+        message.logprobs = self.flags.json;
         message.stop_strings.push(STOP.to_owned());
         message.model = self.flags.model.model_name.clone().unwrap_or_default();
         // Each turn is a request of its own.

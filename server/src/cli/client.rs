@@ -101,10 +101,12 @@ pub(super) async fn stream_until(
 ) -> Result<Completion, StreamError> {
     let mut completion = Completion::default();
     let received = tokio::select! {
+        // First, so that ctrl-c is listened to before the request leaves.
+        biased;
+        () = interrupted => Err(Broken::Interrupted),
         received = receive(client, request.into_request(), on_tokens, &mut completion) => {
             received
         }
-        () = interrupted => Err(Broken::Interrupted),
     };
     let partial = Box::new(completion);
     match received {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use slipstream_proto::v1;
-use tonic::{Code, Status};
+use tonic::{Code, Status, TimeoutExpired};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use super::client::Completion;
@@ -92,10 +92,10 @@ fn message(status: &Status) -> String {
 /// What a code means for the reader of the message that came with it.
 fn meaning(status: &Status, partial: &Completion) -> &'static str {
     let has_started = partial.started != v1::Started::default();
-    if !has_started && is_other_protocol(status) {
-        return "what listens there does not speak gRPC as it is asked to: check the port (gRPC has \
-                its own beside --http-listen), and whether TLS stands before it, which is not \
-                supported yet";
+    if !has_started && is_no_answer(status) {
+        return "the connection broke before there was an answer: the server ended just then, or \
+                what listens there does not speak gRPC as it is asked to; check the port \
+                (--http-listen's is another), and whether it wants TLS, which is not supported yet";
     }
     match status.code() {
         Code::InvalidArgument | Code::OutOfRange | Code::NotFound => "the request is refused",
@@ -110,20 +110,20 @@ fn meaning(status: &Status, partial: &Completion) -> &'static str {
         }
         Code::Unavailable | Code::Unknown | Code::DataLoss => "the stream broke off",
         Code::DeadlineExceeded => "the time that --timeout gives is over",
+        // What the client library makes of its own clock.
+        Code::Cancelled if status.message() == TimeoutExpired(()).to_string() => {
+            "the time that --timeout gives is over, and nothing came from the server"
+        }
         Code::Cancelled => "somebody else cancelled the request",
         // Codes that no version of this server sends, and plain failures.
         _ => "the server could not complete this",
     }
 }
 
-/// Whether the answer was not even HTTP/2, or not gRPC.
-fn is_other_protocol(status: &Status) -> bool {
-    let mut causes = std::iter::successors(status.source(), |&error| error.source());
-    let is_frame = |error: &(dyn Error + 'static)| {
-        error.to_string().contains("http2 error") || error.to_string().contains("protocol error")
-    };
-    let has_http_status = status.message().contains("HTTP status code");
-    causes.any(is_frame) || status.message().contains("h2 protocol error") || has_http_status
+/// Whether nothing came that gRPC could have said: no HTTP/2, a lost connection, or a web server.
+fn is_no_answer(status: &Status) -> bool {
+    let is_transport = status.source().is_some_and(|cause| cause.is::<tonic::transport::Error>());
+    is_transport || status.message().contains("HTTP status code")
 }
 
 /// A code as the protocol files spell it.

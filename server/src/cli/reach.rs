@@ -3,15 +3,27 @@
 
 use std::error::Error;
 use std::io;
+use std::time::Duration;
+
+use tonic::transport::Endpoint;
 
 use super::OWN_SERVER_GRACE;
 use super::address::Address;
 use super::client::{self, Client};
 use crate::config::{Config, ConfigError, EdgeConfig, ModelFlags};
-use crate::local::{LocalServer, connect};
+use crate::local::LocalServer;
 
 /// The one model flag that means something to a running server.
 const MODEL_NAME: &str = "model-name";
+
+/// How long a server may take to accept a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a server that is waited for is asked for a sign of life, and how long it may take to
+/// give one: a machine that has gone, or a port where somebody only listens, must not hold a
+/// command for ever.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
+/// See [`KEEPALIVE_INTERVAL`].
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A server that answers.
 pub(super) struct Reached {
@@ -44,7 +56,13 @@ impl Reached {
         let address = Address::to_ask(text)
             .map_err(|problem| ConfigError::new("server", problem.to_string()))?;
         refuse_model_flags(given)?;
-        match connect(&address.url()).await {
+        let endpoint = Endpoint::from_shared(address.url())
+            .map_err(|problem| ConfigError::new("server", problem.to_string()))?
+            .tcp_nodelay(true)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+            .keep_alive_timeout(KEEPALIVE_TIMEOUT);
+        match endpoint.connect().await {
             Ok(channel) => Ok(Self { client: client::client(channel), own: None }),
             Err(error) => Err(no_server(&address, &error).into()),
         }

@@ -1,4 +1,4 @@
-//! Owns how a completion is printed for programs: one JSON object, named like the protocol's fields.
+//! Owns how a completion is printed for programs: one JSON object, its names as in the protocol.
 
 use serde_json::{Value, json};
 use slipstream_proto::v1;
@@ -55,10 +55,11 @@ fn token(token: &v1::Token) -> Value {
         "provenance": provenance(token.provenance()),
         "draft_epoch": token.draft_epoch,
     });
-    let bytes = token.bytes.as_deref().unwrap_or_default();
-    match std::str::from_utf8(bytes) {
-        Ok(text) => object["text"] = json!(text),
-        Err(_) => object["bytes"] = json!(bytes),
+    if let Some(bytes) = token.bytes.as_deref() {
+        match std::str::from_utf8(bytes) {
+            Ok(text) => object["text"] = json!(text),
+            Err(_) => object["bytes"] = json!(bytes),
+        }
     }
     object
 }

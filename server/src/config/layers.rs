@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use clap::builder::Resettable;
 use clap::error::{ContextKind, ContextValue};
 use clap::parser::ValueSource;
-use clap::{ArgMatches, Command};
+use clap::{Arg, ArgMatches, Command};
 
 use super::error::{ConfigError, Origin, PREFIX, variable};
 use super::file::{self, Entry, FileError, nearest};
@@ -18,14 +18,17 @@ use super::flags::{CONFIG_FLAG, EXCLUSIVE};
 use super::setting::{self, Setting};
 
 /// Variables with our prefix that tests and benches read.
-const TEST_VARIABLES: [&str; 7] = [
+const TEST_VARIABLES: [&str; 10] = [
+    "SLIPSTREAM_FLOOD_ONLY",
+    "SLIPSTREAM_FLOOD_SECONDS",
     "SLIPSTREAM_RECORD_OUTPUT",
     "SLIPSTREAM_SIM_FIRST",
     "SLIPSTREAM_SIM_SEED",
     "SLIPSTREAM_SIM_SEEDS",
     "SLIPSTREAM_TEST_ALONE",
+    "SLIPSTREAM_UNRULY_CLIENTS",
+    "SLIPSTREAM_UNRULY_SEED",
     "SLIPSTREAM_WRITE_DOCS",
-    "SLIPSTREAM_WRITE_TRANSCRIPTS",
 ];
 
 /// Why the layers do not give settings.
@@ -67,15 +70,18 @@ impl Layers {
             Some(path) => file::read(&path, &settings)?,
             None => Vec::new(),
         };
+        let known = command.find_subcommand(name).expect("clap knows what it parsed");
+        let settings: Vec<Setting> =
+            settings.into_iter().filter(|setting| arg_of(known, setting).is_some()).collect();
         let mut origins = BTreeMap::new();
-        for setting in settings.iter().filter(|setting| has(flags, setting)) {
+        for setting in &settings {
             if let Some(origin) = origin(setting, flags, &entries) {
                 origins.insert(setting.flag.clone(), origin);
             }
         }
         let losing = exclude(&mut origins)?;
         let mut command = command.clone();
-        for setting in settings.iter().filter(|setting| has(flags, setting)) {
+        for setting in &settings {
             let loses = losing == Some(setting.flag.as_str());
             command = layered(command, name, (setting, loses), (&origins, &entries))?;
         }
@@ -100,9 +106,9 @@ fn config_path(flags: &ArgMatches) -> Option<PathBuf> {
     flags.try_get_one::<PathBuf>(CONFIG_FLAG).ok().flatten().cloned()
 }
 
-/// Whether the command has this setting.
-fn has(flags: &ArgMatches, setting: &Setting) -> bool {
-    flags.try_contains_id(&setting.id).is_ok()
+/// The command's flag for this setting, if it has one.
+fn arg_of<'a>(command: &'a Command, setting: &Setting) -> Option<&'a Arg> {
+    command.get_arguments().find(|arg| arg.get_id().as_str() == setting.id)
 }
 
 /// The highest layer that sets this; `None` where only the default does.
@@ -156,10 +162,8 @@ fn layered(
 ) -> Result<Command, LayerError> {
     let entry = entries.iter().find(|entry| entry.key == setting.key);
     if let Some(entry) = entry {
-        let arg = command
-            .find_subcommand(name)
-            .and_then(|command| command.get_arguments().find(|arg| *arg.get_id() == *setting.id))
-            .expect("the command has the setting");
+        let known = command.find_subcommand(name).expect("clap knows what it parsed");
+        let arg = arg_of(known, setting).expect("the command has the setting");
         file::check_value(entry, arg)?;
     }
     let from_file = matches!(origins.get(&setting.flag), Some(Origin::File { .. }));
@@ -185,7 +189,7 @@ pub(crate) fn blamed_variable(error: &clap::Error, args: &[OsString]) -> Option<
     (!is_given && std::env::var_os(&name).is_some()).then_some(name)
 }
 
-/// Variables of the environment with our prefix that nothing reads, each with what was meant, maybe.
+/// What to warn of: variables of the environment with our prefix that nothing reads.
 pub(crate) fn unknown_variables(command: &Command) -> Vec<String> {
     let mut known: Vec<String> = TEST_VARIABLES.map(str::to_owned).to_vec();
     collect_variables(command, &mut known);

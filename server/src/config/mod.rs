@@ -187,7 +187,7 @@ impl ServeFlags {
         let net = &edge.net;
         if net.connection_window_bytes < net.stream_window_bytes {
             let problem = format!(
-                "must be at least --stream-window ({}), or no stream could ever use its own; got {}",
+                "must be at least --stream-window ({}), or no stream could use its own; got {}",
                 flags.stream_window, flags.connection_window
             );
             return Err(ConfigError::new("connection-window", problem));

@@ -114,8 +114,8 @@ prints the tables below.
 const FIXED: &str = "
 ## What the protocol fixes
 
-Bounds of one request, the same on every server. A request beyond one ends with the status, and its \
-message names the field, the value and the limit.
+Bounds of one request, the same on every server. A request beyond one ends with the status, and \
+its message names the field, the value and the limit.
 
 | field | allowed | unit | beyond |
 |---|---|---|---|

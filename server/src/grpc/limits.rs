@@ -1,6 +1,6 @@
-//! Owns the bounds of what a client may send, each with its unit, and the one table of them that the
-//! documentation is made from. `validate.rs` enforces them, the protocol file tells them to clients.
-//! Bounds that depend on the model or the operator are in
+//! Owns the bounds of what a client may send, each with its unit, and the one table of them that
+//! the documentation is made from. `validate.rs` enforces them, the protocol file tells them to
+//! clients. Bounds that depend on the model or the operator are in
 //! [`ServedModel`](crate::grpc::served::ServedModel).
 
 use std::ops::RangeInclusive;
