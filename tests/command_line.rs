@@ -1,43 +1,18 @@
 //! Proves that the commands of the built program do what they say and end with the right code: each
 //! is run as a user would, as a process of its own.
 
-use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
+use serde_json::Value;
 use slipstream_proto::v1::generate_event::Event;
 use slipstream_server::local::connect;
 use slipstream_tests::client::{Client, block_on, greedy};
 
+use crate::program::{printed, printed_for, run, slipstream};
+
 const PROMPT: &str = "fn main() {\n    let mut ";
-
-/// The server's own main program, which this package builds under another name: cargo builds no
-/// other package's programs for a test.
-const PROGRAM: &str = env!("CARGO_BIN_EXE_slipstream-under-test");
-
-/// A command that no setting of the environment changes.
-fn slipstream(args: &[&str]) -> Command {
-    let mut command = Command::new(PROGRAM);
-    let is_ours = |name: &OsStr| name.to_string_lossy().starts_with("SLIPSTREAM_");
-    for (name, _) in std::env::vars_os().filter(|(name, _)| is_ours(name)) {
-        command.env_remove(name);
-    }
-    command.args(args).env("NO_COLOR", "1").stdin(Stdio::null());
-    command
-}
-
-fn run(args: &[&str]) -> Output {
-    slipstream(args).output().unwrap()
-}
-
-/// What a command that must succeed prints.
-fn printed(args: &[&str]) -> String {
-    let output = run(args);
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(0), "{args:?}: {errors}");
-    String::from_utf8(output.stdout).unwrap()
-}
 
 #[test]
 fn the_demo_shows_its_measurements() {
@@ -61,10 +36,7 @@ fn generate_prints_one_completion_however_it_is_asked() {
     assert_eq!(with(&[PROMPT]), plain);
     assert_eq!(with(&[PROMPT, "--speculation", "4", "--threads", "1"]), plain);
     let args = [&["generate", "-"], &flags[..]].concat();
-    let mut asked = slipstream(&args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    asked.stdin.take().unwrap().write_all(PROMPT.as_bytes()).unwrap();
-    let output = asked.wait_with_output().unwrap();
-    assert!(output.status.success());
+    let output = printed_for(&args, PROMPT);
     assert_eq!(String::from_utf8(output.stdout).unwrap(), plain);
 }
 
@@ -86,11 +58,81 @@ fn commands_that_fail_say_why() {
     }
 }
 
+#[test]
+fn generate_prints_one_object_for_programs() {
+    let args = ["generate", PROMPT, "--max-tokens", "12", "--seed", "5", "--ignore-eos"];
+    let plain = printed(&args);
+    let text = printed(&[&args[..], &["--json", "--request-id", "r-1"]].concat());
+    let object: Value = serde_json::from_str(&text).expect("one object");
+    assert_eq!(object["text"].as_str().unwrap().to_owned() + "\n", plain);
+    let tokens = object["tokens"].as_array().unwrap();
+    assert_eq!(tokens.len(), 12);
+    assert!(tokens.iter().all(|token| token["logprob"].as_f64().is_some_and(|l| l <= 0.0)));
+    let texts: String = tokens.iter().map(|token| token["text"].as_str().unwrap()).collect();
+    assert_eq!(object["text"], texts);
+    assert_eq!((&object["finish_reason"], &object["seed"]), (&"length".into(), &5.into()));
+    assert_eq!(object["usage"]["output_tokens"], 12);
+    assert_eq!(object["request_id"], "r-1");
+    assert!(object["timings"]["total_ms"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn failures_are_objects_where_results_are() {
+    let output = run(&["generate", "a", "--temperature", "-1", "--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stdout.is_empty());
+    let object: Value = serde_json::from_slice(&output.stderr).expect("one object");
+    assert_eq!(object["error"]["code"], "INVALID_ARGUMENT");
+    assert!(object["error"]["message"].as_str().unwrap().contains("temperature"), "{object}");
+    assert!(object["error"]["resume"].is_null());
+}
+
+#[test]
+fn the_self_test_has_a_result_for_programs() {
+    let text = printed(&["self-test", "--tokens", "4", "--json"]);
+    let object: Value = serde_json::from_str(&text).expect("one object");
+    assert_eq!(object["different"], 0);
+    assert!(object["accepted"].as_u64().unwrap() > 0, "{object}");
+}
+
+/// All commands that the program has, by its own help.
+fn commands() -> Vec<String> {
+    let help = printed(&["--help"]);
+    let list = help.split("Commands:").nth(1).unwrap().split("Options:").next().unwrap();
+    let names = list.lines().filter(|line| line.starts_with("  ") && !line.starts_with("   "));
+    names.map(|line| line.split_whitespace().next().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn shells_can_complete_every_command() {
+    let commands = commands();
+    assert!(commands.len() >= 9, "{commands:?}");
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = printed(&["completion", shell]);
+        for command in commands.iter().filter(|name| *name != "help") {
+            assert!(script.contains(command.as_str()), "{shell} does not know {command}");
+        }
+        assert!(script.contains("max-running"), "{shell} does not know the flags of serve");
+    }
+}
+
+#[test]
+fn help_tells_ranges_defaults_and_what_to_try() {
+    let help = printed(&["serve", "--help"]);
+    let words = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    for text in ["[range: 1 to 65536]", "[default: 30s]", "[default: all cores]", "Examples:"] {
+        assert!(words.contains(text), "{text}: {help}");
+    }
+    for command in ["generate", "chat", "check-config", "completion"] {
+        assert!(printed(&[command, "--help"]).contains("Examples:"), "{command}");
+    }
+}
+
 /// A running `serve` on a free port. Dropping it ends the process.
 struct Serving {
     process: Child,
     /// What it logs, line by line, to its end.
-    log: Receiver<serde_json::Value>,
+    log: Receiver<Value>,
     address: String,
 }
 
@@ -98,7 +140,7 @@ impl Serving {
     /// Starts a server and waits until it is ready.
     fn start() -> Self {
         let args = ["serve", "--listen", "127.0.0.1:0", "--log-format", "json"];
-        let mut process = slipstream(&[&args[..], &["--grace-seconds", "600"]].concat())
+        let mut process = slipstream(&[&args[..], &["--grace", "600s"]].concat())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -107,7 +149,7 @@ impl Serving {
         // Reads on to the end, so that the server never waits for a reader of its log.
         std::thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
-                let line = serde_json::from_str(&line).unwrap_or(serde_json::Value::String(line));
+                let line = serde_json::from_str(&line).unwrap_or(Value::String(line));
                 let _ = sender.send(line); // the test may have failed meanwhile
             }
         });
@@ -120,7 +162,7 @@ impl Serving {
     }
 
     /// The next line with this message.
-    fn until_logged(&self, message: &str) -> serde_json::Value {
+    fn until_logged(&self, message: &str) -> Value {
         let mut passed = Vec::new();
         while let Ok(line) = self.log.recv() {
             if line["fields"]["message"] == message {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use slipstream_proto::v1;
 use slipstream_proto::v1::generate_event::Event;
-use slipstream_server::config::{Config, EdgeConfig, ModelFlags};
+use slipstream_server::config::{ByteCount, Config, EdgeConfig, ModelFlags};
 use slipstream_server::local::{LocalServer, LocalServerError, connect};
 use slipstream_server::{RunError, StartupError};
 use slipstream_tests::client::{
@@ -345,7 +345,7 @@ fn a_server_that_cannot_start_says_why() {
         let message = vocabulary.to_string();
         assert!(matches!(vocabulary, StartupError::Vocabulary { .. }), "{message}");
         assert!(message.contains("fingerprints") && message.contains("--draft-model"), "{message}");
-        let pool = start_error(|f| f.kv_memory = Some("16".to_owned())).await;
+        let pool = start_error(|f| f.kv_memory = Some(ByteCount(16))).await;
         assert!(matches!(pool, StartupError::KvPool { .. }), "{pool}");
     });
 }

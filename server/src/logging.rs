@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
 
-use crate::config::LogFormat;
+use crate::config::{ConfigError, LogFormat};
 
 /// What commands that only pass through log: warnings, and how far a long loading is.
 pub(crate) const QUIET: &str = "warn,slipstream_progress=info";
@@ -13,17 +13,26 @@ pub(crate) const QUIET: &str = "warn,slipstream_progress=info";
 /// What the HTTP/2 library would log as often as any peer likes. A filter that names it wins.
 const NOT_FOR_PEERS_TO_FILL: &str = "h2=error";
 
-/// The filter cannot be read.
-#[derive(Debug, thiserror::Error)]
-#[error("--log: {0}")]
-pub(crate) struct FilterError(#[from] tracing_subscriber::filter::ParseError);
+/// Reads a filter.
+///
+/// # Errors
+/// [`ConfigError`] for one that cannot be read.
+pub(crate) fn filter(text: &str) -> Result<EnvFilter, ConfigError> {
+    EnvFilter::try_new(format!("{NOT_FOR_PEERS_TO_FILL},{text}")).map_err(|error| {
+        let problem = format!(
+            "{error}, got {text:?}: give a level such as info, or targets with levels such as \
+             slipstream_server=debug"
+        );
+        ConfigError::new("log", problem)
+    })
+}
 
 /// Starts logging for the whole process. Later calls change nothing.
 ///
 /// # Errors
-/// [`FilterError`] for a filter that cannot be read.
-pub(crate) fn start(format: LogFormat, filter: &str) -> Result<(), FilterError> {
-    let filter = EnvFilter::try_new(format!("{NOT_FOR_PEERS_TO_FILL},{filter}"))?;
+/// [`ConfigError`] for a filter that cannot be read.
+pub(crate) fn start(format: LogFormat, filter: &str) -> Result<(), ConfigError> {
+    let filter = self::filter(filter)?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -14,7 +14,7 @@ use crate::backend::Backend;
 use crate::config::{Config, EdgeConfig};
 use crate::engine::runner::EngineThread;
 use crate::grpc::calls::Calls;
-use crate::grpc::routes::{self, GrpcParts, not_found};
+use crate::grpc::routes::{self, GrpcParts};
 use crate::handle::EngineHandle;
 use crate::http::{self, HttpParts};
 use crate::metrics::Metrics;
@@ -207,7 +207,8 @@ impl Edge {
             counters: Arc::clone(&metrics.calls),
         });
         let stats = Arc::clone(&metrics.net);
-        let http = http::routes(HttpParts { metrics });
+        let http_parts = HttpParts { metrics };
+        let http = http::routes(http_parts.clone());
         let num_ports = 1 + usize::from(listeners.http.is_some());
         let connections_max = files::make_room(config.net.connections_max * num_ports) / num_ports;
         let net = Arc::new(config.net.clone());
@@ -217,11 +218,12 @@ impl Edge {
             router,
             stats: Arc::clone(&stats),
         };
+        let whole = |router| http::with_fallback(router, http_parts.clone());
         let (main, http) = match listeners.http {
-            None => (Port::open(listeners.main, parts(grpc.merge(http).fallback(not_found))), None),
+            None => (Port::open(listeners.main, parts(whole(grpc.merge(http)))), None),
             Some(listener) => {
-                let http = Port::open(listener, parts(http));
-                (Port::open(listeners.main, parts(grpc.fallback(not_found))), Some(http))
+                let http = Port::open(listener, parts(whole(http)));
+                (Port::open(listeners.main, parts(whole(grpc))), Some(http))
             }
         };
         Self { main, http, stage, calls }

@@ -1,4 +1,5 @@
-//! Owns one streamed completion as a client sees it: what came, and what an early end means.
+//! Owns one streamed completion as a client sees it: what came, and how it ended early. What that
+//! means for people is in `explain.rs`.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -7,10 +8,15 @@ use slipstream_proto::v1;
 use slipstream_proto::v1::completions_client::CompletionsClient;
 use slipstream_proto::v1::generate_event::Event;
 use tonic::transport::Channel;
-use tonic::{Code, Status};
+use tonic::{IntoRequest, Request, Status};
+
+use super::explain;
 
 /// Largest response message a command takes, in bytes: several thousand tokens with all extras.
 const RESPONSE_BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// A client on a connection.
+pub(super) type Client = CompletionsClient<Channel>;
 
 /// A completion as far as it came.
 #[derive(Clone, Debug, Default)]
@@ -48,10 +54,16 @@ impl Completion {
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StreamError {
     /// The server said no, failed or went away.
-    #[error("{}: {}", meaning(.status.code(), .partial.as_ref()), .status.message())]
+    #[error("{}", explain::text(.status, .partial))]
     Call {
         /// The call's status.
         status: Status,
+        /// What came before.
+        partial: Box<Completion>,
+    },
+    /// The person at the keyboard ended it.
+    #[error("interrupted")]
+    Interrupted {
         /// What came before.
         partial: Box<Completion>,
     },
@@ -60,22 +72,8 @@ pub(super) enum StreamError {
     Output(#[from] io::Error),
 }
 
-/// What a code means for the reader of the message that came with it.
-fn meaning(code: Code, partial: &Completion) -> &'static str {
-    match code {
-        Code::InvalidArgument | Code::OutOfRange | Code::NotFound => "the request is refused",
-        Code::ResourceExhausted => "the server is full, try again later",
-        Code::Unimplemented => "this is no slipstream server, or another version of one",
-        Code::Unavailable if partial.started == v1::Started::default() => {
-            "the server takes no requests now"
-        }
-        Code::Unavailable | Code::Unknown | Code::DataLoss => "the stream broke off",
-        _ => "the server could not complete this",
-    }
-}
-
 /// A client on a connection.
-pub(super) fn client(channel: Channel) -> CompletionsClient<Channel> {
+pub(super) fn client(channel: Channel) -> Client {
     CompletionsClient::new(channel).max_decoding_message_size(RESPONSE_BYTES_MAX)
 }
 
@@ -84,16 +82,37 @@ pub(super) fn client(channel: Channel) -> CompletionsClient<Channel> {
 /// # Errors
 /// [`StreamError`], with all that came before it.
 pub(super) async fn stream(
-    client: CompletionsClient<Channel>,
-    request: v1::GenerateRequest,
+    client: Client,
+    request: impl IntoRequest<v1::GenerateRequest>,
     on_tokens: impl FnMut(&v1::Tokens) -> io::Result<()>,
 ) -> Result<Completion, StreamError> {
+    stream_until(client, request, on_tokens, std::future::pending()).await
+}
+
+/// The same, until `interrupted` resolves: the stream is dropped then, which ends the request.
+///
+/// # Errors
+/// [`StreamError`], with all that came before it.
+pub(super) async fn stream_until(
+    client: Client,
+    request: impl IntoRequest<v1::GenerateRequest>,
+    on_tokens: impl FnMut(&v1::Tokens) -> io::Result<()>,
+    interrupted: impl Future<Output = ()>,
+) -> Result<Completion, StreamError> {
     let mut completion = Completion::default();
-    match receive(client, request, on_tokens, &mut completion).await {
-        Ok(()) => Ok(completion),
-        Err(Broken::Call(status)) => {
-            Err(StreamError::Call { status, partial: Box::new(completion) })
+    let received = tokio::select! {
+        // First, so that ctrl-c is listened to before the request leaves.
+        biased;
+        () = interrupted => Err(Broken::Interrupted),
+        received = receive(client, request.into_request(), on_tokens, &mut completion) => {
+            received
         }
+    };
+    let partial = Box::new(completion);
+    match received {
+        Ok(()) => Ok(*partial),
+        Err(Broken::Call(status)) => Err(StreamError::Call { status, partial }),
+        Err(Broken::Interrupted) => Err(StreamError::Interrupted { partial }),
         Err(Broken::Output(error)) => Err(StreamError::Output(error)),
     }
 }
@@ -101,12 +120,13 @@ pub(super) async fn stream(
 /// A [`StreamError`] that does not hold the completion yet.
 enum Broken {
     Call(Status),
+    Interrupted,
     Output(io::Error),
 }
 
 async fn receive(
-    mut client: CompletionsClient<Channel>,
-    request: v1::GenerateRequest,
+    mut client: Client,
+    request: Request<v1::GenerateRequest>,
     mut on_tokens: impl FnMut(&v1::Tokens) -> io::Result<()>,
     completion: &mut Completion,
 ) -> Result<(), Broken> {

@@ -16,9 +16,8 @@ use super::generate::write_tokens;
 use super::request_flags::{auto, off};
 use super::terminal::{Attribution, Palette, write_table};
 use super::{PROPOSING_TOKENS_MIN, comparison_config};
-use crate::config::{ConfigError, LogFormat, ModelFlags, wants_colour};
+use crate::config::{ConfigError, FileFlag, ModelFlags, wants_colour};
 use crate::local::LocalServer;
-use crate::logging;
 
 /// Streams that share the server in the last row of the table.
 const BATCH: usize = 8;
@@ -50,6 +49,8 @@ pub(super) struct DemoFlags {
     repeats: u8,
     #[command(flatten)]
     model: ModelFlags,
+    #[command(flatten)]
+    file: FileFlag,
 }
 
 /// A prompt and how to continue it.
@@ -78,7 +79,6 @@ const CASES: [Case; 5] = [
 
 /// Runs the demonstration.
 pub(super) async fn run(flags: DemoFlags) -> anyhow::Result<()> {
-    logging::start(LogFormat::Text, logging::QUIET)?;
     let config = comparison_config(&flags.model)?;
     if config.engine.draft_len_auto == 0 {
         let problem = "0 never proposes, so there is nothing to compare: give 1 to 8";

@@ -4,24 +4,31 @@
 use std::io::{self, Read, Write};
 
 use anyhow::Context;
+use serde_json::{Value, json};
 use slipstream_proto::v1;
 use slipstream_proto::v1::finished::Cause;
 use slipstream_proto::v1::generate_request::Prompt;
 
-use super::OWN_SERVER_GRACE;
-use super::address::Address;
-use super::client::{self, Completion, StreamError};
+use super::client::{self, Client, Completion, StreamError};
+use super::explain;
+use super::reach::Reached;
 use super::request_flags::RequestFlags;
+use super::result_json;
 use super::terminal::{Attribution, Palette, write_table};
-use crate::config::{Config, ConfigError, EdgeConfig, LogFormat, ModelFlags, wants_colour};
-use crate::local::{LocalServer, connect};
-use crate::logging;
-
-/// The one model flag that means something to a running server.
-const MODEL_NAME: &str = "model-name";
+use crate::config::{FileFlag, ModelFlags, wants_colour};
 
 /// Flags of `slipstream generate`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The text goes to stdout as it comes, everything else to stderr. With --json one object goes to \
+stdout at the end; a failure is an object {\"error\": ...} on stderr.
+
+Exit codes: 0 complete, 1 failed, 2 asked wrongly, 130 ended by ctrl-c, 141 nobody reads stdout.
+
+Examples:
+  slipstream generate 'fn main() {' --max-tokens 64 --stats
+  slipstream generate --server http://127.0.0.1:50051 'use std::' --temperature 0.8 --seed 7
+  cat prompt.txt | slipstream generate - --json | jq -r .text")]
 pub(super) struct GenerateFlags {
     /// What to complete; `-` reads it from stdin
     #[arg(required_unless_present = "token_ids", conflicts_with = "token_ids")]
@@ -34,7 +41,7 @@ pub(super) struct GenerateFlags {
     #[arg(long, value_name = "URL")]
     server: Option<String>,
     /// Colour tokens by how they came about
-    #[arg(long, visible_alias = "color")]
+    #[arg(long, visible_alias = "color", conflicts_with = "json")]
     colour: bool,
     /// Tell on stderr what the completion cost, and how to go on behind it
     #[arg(long)]
@@ -42,45 +49,67 @@ pub(super) struct GenerateFlags {
     /// List the tokens on stderr with their log-probabilities
     #[arg(long)]
     logprobs: bool,
+    /// Print one JSON object at the end: text, tokens with log-probabilities, usage, timings,
+    /// speculation, seed, fingerprint
+    #[arg(long)]
+    pub(super) json: bool,
+    /// Output already received, as ids joined by commas: goes on behind it. Needs the same --seed
+    #[arg(long, value_name = "IDS", value_delimiter = ',', help_heading = "Completion")]
+    output_prefix: Vec<u32>,
     #[command(flatten)]
     request: RequestFlags,
     #[command(flatten)]
     model: ModelFlags,
+    #[command(flatten)]
+    file: FileFlag,
+}
+
+/// A completion that is not there in full, and how to get the rest.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}{}", self.hint())]
+pub(super) struct Unfinished {
+    /// Why.
+    pub(super) error: StreamError,
+    /// The output prefix that it was asked with.
+    prefix: Vec<u32>,
+}
+
+impl Unfinished {
+    fn partial(&self) -> Option<&Completion> {
+        match &self.error {
+            StreamError::Call { partial, .. } | StreamError::Interrupted { partial } => {
+                Some(partial)
+            }
+            StreamError::Output(_) => None,
+        }
+    }
+
+    fn hint(&self) -> String {
+        self.partial().map(|partial| resume_hint(&self.prefix, partial)).unwrap_or_default()
+    }
+
+    /// The same for programs.
+    pub(super) fn json(&self) -> Value {
+        let mut object = match &self.error {
+            StreamError::Call { status, partial } => explain::json(status, partial),
+            StreamError::Interrupted { .. } => json!({ "message": "interrupted" }),
+            StreamError::Output(error) => json!({ "message": error.to_string() }),
+        };
+        let started = self.partial().filter(|partial| has_started(partial));
+        object["resume"] = json!(started.map(|partial| json!({
+            "text": partial.text,
+            "seed": partial.started.seed,
+            "output_prefix": output_ids(&self.prefix, partial),
+        })));
+        object
+    }
 }
 
 /// Completes one prompt. `model_flags_given` names the model flags on the command line.
 pub(super) async fn run(flags: GenerateFlags, model_flags_given: &[String]) -> anyhow::Result<()> {
-    logging::start(LogFormat::Text, logging::QUIET)?;
-    match &flags.server {
-        Some(text) => {
-            let address = Address::to_ask(text)
-                .map_err(|problem| ConfigError::new("server", problem.to_string()))?;
-            refuse_model_flags(model_flags_given)?;
-            let channel = connect(&address.url()).await.with_context(|| {
-                format!(
-                    "no server at {address}: start one with `slipstream serve`, or leave --server \
-                     out"
-                )
-            })?;
-            print_completion(client::client(channel), &flags).await
-        }
-        None => {
-            let config = Config::new(&flags.model, EdgeConfig::with_grace(OWN_SERVER_GRACE))?;
-            let server = LocalServer::start(config).await?;
-            print_completion(client::client(server.channel()), &flags).await?;
-            Ok(server.stop().await?)
-        }
-    }
-}
-
-/// A running server has its models already.
-fn refuse_model_flags(given: &[String]) -> Result<(), ConfigError> {
-    let Some(flag) = given.iter().find(|flag| *flag != MODEL_NAME) else { return Ok(()) };
-    let problem = format!(
-        "a running server has its models and settings already, so --{flag} does not apply: leave \
-         one of the two out"
-    );
-    Err(ConfigError::new("server", problem))
+    let server = Reached::new(flags.server.as_deref(), &flags.model, model_flags_given).await?;
+    print_completion(server.client.clone(), &flags).await?;
+    server.leave().await
 }
 
 fn prompt(flags: &GenerateFlags) -> anyhow::Result<Prompt> {
@@ -95,44 +124,61 @@ fn prompt(flags: &GenerateFlags) -> anyhow::Result<Prompt> {
     }
 }
 
-type Client = v1::completions_client::CompletionsClient<tonic::transport::Channel>;
-
 async fn print_completion(client: Client, flags: &GenerateFlags) -> anyhow::Result<()> {
     let palette = Palette { colour: flags.colour && wants_colour() };
-    let mut request = flags.request.request(prompt(flags)?);
-    request.token_bytes = palette.colour || flags.logprobs;
-    request.logprobs = flags.logprobs;
-    request.model = flags.model.model_name.clone().unwrap_or_default();
-    let prefix = request.output_prefix.clone();
+    let mut message = flags.request.request(prompt(flags)?);
+    message.token_bytes = palette.colour || flags.logprobs || flags.json;
+    message.logprobs = flags.logprobs || flags.json;
+    message.model = flags.model.model_name.clone().unwrap_or_default();
+    message.output_prefix.clone_from(&flags.output_prefix);
     let mut attribution = Attribution::default();
-    let streamed =
-        client::stream(client, request, |event| write_tokens(event, &mut attribution, palette));
-    let completion = match streamed.await {
-        Ok(completion) => completion,
-        Err(StreamError::Call { status, partial }) => {
-            if !partial.text.is_empty() && !partial.text.ends_with('\n') {
-                // On a terminal this ends the line; stdout keeps exactly the completion's bytes.
-                writeln!(io::stderr())?;
-            }
-            let hint = resume_hint(&prefix, &partial);
-            let error = StreamError::Call { status, partial };
-            return Err(anyhow::anyhow!("{error}{hint}"));
-        }
-        Err(error @ StreamError::Output(_)) => return Err(error.into()),
+    let on_tokens = |event: &v1::Tokens| match flags.json {
+        true => Ok(()),
+        false => write_tokens(event, &mut attribution, palette),
     };
-    writeln!(io::stdout())?;
+    let call = flags.request.call(message);
+    let completion = match client::stream_until(client, call, on_tokens, interrupt()).await {
+        Ok(completion) => completion,
+        Err(error) => return Err(unfinished(error, flags)?.into()),
+    };
+    match flags.json {
+        true => writeln!(io::stdout(), "{}", result_json::completion(&completion))?,
+        false => writeln!(io::stdout())?,
+    }
     if flags.logprobs {
         write_logprobs(&completion)?;
     }
     if flags.stats {
-        write_stats(&prefix, &completion)?;
+        write_stats(&flags.output_prefix, &completion)?;
     }
     Ok(())
 }
 
+/// Resolves when ctrl-c is pressed.
+pub(super) async fn interrupt() {
+    if tokio::signal::ctrl_c().await.is_err() {
+        // Without a handler the system's own way stays: the process ends.
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Ends the line on a terminal; stdout keeps exactly the completion's bytes.
+fn unfinished(error: StreamError, flags: &GenerateFlags) -> io::Result<Unfinished> {
+    let unfinished = Unfinished { error, prefix: flags.output_prefix.clone() };
+    let text = unfinished.partial().map_or("", |partial| &partial.text);
+    if !flags.json && !text.is_empty() && !text.ends_with('\n') {
+        writeln!(io::stderr())?;
+    }
+    Ok(unfinished)
+}
+
+fn has_started(partial: &Completion) -> bool {
+    partial.started != v1::Started::default()
+}
+
 /// How to repeat a request so that it goes on behind what came; nothing before `Started`.
 fn resume_hint(prefix: &[u32], partial: &Completion) -> String {
-    if partial.started == v1::Started::default() {
+    if !has_started(partial) {
         return String::new();
     }
     format!(
@@ -142,10 +188,16 @@ fn resume_hint(prefix: &[u32], partial: &Completion) -> String {
     )
 }
 
+/// All output so far, with what an earlier call brought.
+fn output_ids(prefix: &[u32], completion: &Completion) -> Vec<u32> {
+    let sent = completion.tokens.iter().map(|token| token.id);
+    prefix.iter().copied().chain(sent).collect()
+}
+
 /// The flags that go on behind a completion.
 fn resume_flags(prefix: &[u32], completion: &Completion) -> String {
-    let sent = completion.tokens.iter().map(|token| token.id);
-    let ids: Vec<String> = prefix.iter().copied().chain(sent).map(|id| id.to_string()).collect();
+    let ids = output_ids(prefix, completion);
+    let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
     let seed = format!("--seed {}", completion.started.seed);
     if ids.is_empty() { seed } else { format!("{seed} --output-prefix {}", ids.join(",")) }
 }
@@ -224,7 +276,7 @@ fn write_stats(prefix: &[u32], completion: &Completion) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Completion, refuse_model_flags, resume_flags, resume_hint};
+    use super::{Completion, resume_flags, resume_hint};
     use slipstream_proto::v1;
 
     #[test]
@@ -235,12 +287,5 @@ mod tests {
         assert_eq!(resume_flags(&[5], &partial), "--seed 9 --output-prefix 5,7,8");
         assert!(resume_hint(&[5], &partial).starts_with("\n2 output tokens"));
         assert_eq!(resume_hint(&[5], &Completion::default()), "");
-    }
-
-    #[test]
-    fn only_the_name_of_a_model_goes_to_a_running_server() {
-        assert_eq!(refuse_model_flags(&["model-name".to_owned()]), Ok(()));
-        let error = refuse_model_flags(&["model-name".to_owned(), "threads".to_owned()]);
-        assert!(error.expect_err("refused").to_string().contains("--threads"));
     }
 }

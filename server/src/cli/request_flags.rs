@@ -7,6 +7,9 @@ use anyhow::Context;
 use slipstream_proto::v1;
 use slipstream_proto::v1::generate_request::Prompt;
 use slipstream_proto::v1::speculation::Mode;
+use tonic::Request;
+
+use crate::config::TimeSpan;
 
 /// How to choose tokens and when to stop. Defaults are the server's.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -57,20 +60,36 @@ pub(super) struct RequestFlags {
     /// Add BIAS to the logit of token ID; may be given several times
     #[arg(long = "logit-bias", value_name = "ID=BIAS")]
     logit_bias: Vec<Bias>,
-    /// Output already received, as ids joined by commas: goes on behind it. Needs the same --seed
-    #[arg(long, value_name = "IDS", value_delimiter = ',')]
-    output_prefix: Vec<u32>,
     /// Draft length: `auto`, `off`, or a number of tokens, 0 to 8
     #[arg(long, value_name = "MODE", default_value = "auto")]
     speculation: SpeculationFlag,
+    /// Give up after this time, which the server is told, too; for example 5s
+    #[arg(long, value_name = "TIME")]
+    timeout: Option<TimeSpan>,
+    /// Name the request in the server's log and for Abort [default: drawn by the server]
+    #[arg(long, value_name = "ID")]
+    request_id: Option<String>,
 }
 
 impl RequestFlags {
+    /// The call of a wire request, with its deadline.
+    pub(super) fn call(&self, message: v1::GenerateRequest) -> Request<v1::GenerateRequest> {
+        let mut call = Request::new(message);
+        if let Some(timeout) = self.timeout {
+            call.set_timeout(timeout.0);
+        }
+        call
+    }
+
+    /// Longest output, where it was given.
+    pub(super) fn max_tokens(&self) -> Option<i32> {
+        self.max_tokens
+    }
+
     /// The wire request for a prompt.
     pub(super) fn request(&self, prompt: Prompt) -> v1::GenerateRequest {
         v1::GenerateRequest {
             prompt: Some(prompt),
-            output_prefix: self.output_prefix.clone(),
             max_tokens: self.max_tokens,
             min_tokens: self.min_tokens,
             ignore_eos: self.ignore_eos,
@@ -87,6 +106,7 @@ impl RequestFlags {
             frequency_penalty: self.frequency_penalty,
             logit_bias: self.logit_bias.iter().map(|bias| bias.0).collect(),
             speculation: Some(self.speculation.0),
+            request_id: self.request_id.clone(),
             ..v1::GenerateRequest::default()
         }
     }

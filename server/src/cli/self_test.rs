@@ -13,9 +13,8 @@ use super::client::{self, Completion};
 use super::compare::first_difference;
 use super::request_flags::{auto, fixed, off};
 use super::{PROPOSING_TOKENS_MIN, comparison_config};
-use crate::config::{LogFormat, ModelFlags};
+use crate::config::{FileFlag, ModelFlags};
 use crate::local::LocalServer;
-use crate::logging;
 
 /// Temperatures that are tested.
 const TEMPERATURES: [f64; 4] = [0.0, 0.2, 0.8, 1.5];
@@ -45,8 +44,13 @@ pub(super) struct SelfTestFlags {
     /// Prompts to complete; may be given several times
     #[arg(long = "prompt", value_name = "TEXT")]
     prompts: Vec<String>,
+    /// Print one JSON object at the end; what is compared meanwhile goes to stderr
+    #[arg(long)]
+    pub(super) json: bool,
     #[command(flatten)]
     model: ModelFlags,
+    #[command(flatten)]
+    file: FileFlag,
 }
 
 /// What the comparisons found.
@@ -63,21 +67,42 @@ struct Findings {
 
 /// Compares, and fails at any difference.
 pub(super) async fn run(flags: SelfTestFlags) -> anyhow::Result<()> {
-    logging::start(LogFormat::Text, logging::QUIET)?;
     let config = comparison_config(&flags.model)?;
-    writeln!(io::stdout(), "Loading ...")?;
+    let mut out = progress(flags.json);
+    writeln!(out, "Loading ...")?;
     let server = LocalServer::start(config).await?;
     let client = client::client(server.channel());
     let requests = requests(&flags);
     writeln!(
-        io::stdout(),
+        out,
         "Comparing {} completions of up to {} tokens with plain decoding, alone and all at once.",
         requests.len(),
         flags.tokens
     )?;
-    let findings = compare_all(&client, &requests).await?;
+    let findings = compare_all(&client, &requests, &mut out).await?;
     server.stop().await?;
-    conclude(&findings)
+    if flags.json {
+        writeln!(io::stdout(), "{}", findings.json())?;
+    }
+    conclude(&findings, &mut out)
+}
+
+/// Where what is found on the way goes: stdout is for the result alone where programs read it.
+fn progress(is_json: bool) -> Box<dyn Write + Send> {
+    if is_json { Box::new(io::stderr()) } else { Box::new(io::stdout()) }
+}
+
+impl Findings {
+    fn json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "compared": self.num_compared,
+            "different": self.num_different,
+            "tokens": self.num_tokens,
+            "proposed": self.proposed,
+            "accepted": self.accepted,
+            "nothing_proposed_in": self.silent,
+        })
+    }
 }
 
 /// All temperatures with all seeds; the prompts take turns.
@@ -102,6 +127,7 @@ fn requests(flags: &SelfTestFlags) -> Vec<v1::GenerateRequest> {
 async fn compare_all(
     client: &CompletionsClient<Channel>,
     requests: &[v1::GenerateRequest],
+    out: &mut (dyn Write + Send),
 ) -> anyhow::Result<Findings> {
     let plain = answers(client, with_mode(requests, off()), 1).await?;
     let mut modes = vec![("plain".to_owned(), off()), ("auto".to_owned(), auto())];
@@ -114,7 +140,7 @@ async fn compare_all(
             }
             let answers = answers(client, with_mode(requests, *mode), batch).await?;
             let label = format!("batch {batch}, {name}");
-            let num_proposed = compare(&label, &plain, &answers, &mut findings)?;
+            let num_proposed = compare(out, &label, [&plain, &answers], &mut findings)?;
             if *mode != off() && num_proposed == 0 {
                 findings.silent.push(label);
             }
@@ -149,14 +175,13 @@ async fn answers(
     }
 }
 
-/// Compares answers with plain decoding and prints a line. Returns how many tokens were proposed.
+/// Compares plain decoding with answers and writes a line. Returns how many tokens were proposed.
 fn compare(
+    out: &mut dyn Write,
     label: &str,
-    plain: &[Completion],
-    answers: &[Completion],
+    [plain, answers]: [&[Completion]; 2],
     findings: &mut Findings,
 ) -> io::Result<u32> {
-    let mut out = io::stdout().lock();
     let (mut proposed, mut accepted, mut num_same) = (0, 0, 0);
     for (index, (plain, answer)) in plain.iter().zip(answers).enumerate() {
         let speculation = answer.speculation();
@@ -180,9 +205,9 @@ fn compare(
     Ok(proposed)
 }
 
-fn conclude(findings: &Findings) -> anyhow::Result<()> {
+fn conclude(findings: &Findings, out: &mut dyn Write) -> anyhow::Result<()> {
     writeln!(
-        io::stdout(),
+        out,
         "{} comparisons over {} tokens, {} different; {} of {} proposed tokens accepted.",
         findings.num_compared,
         findings.num_tokens,
@@ -211,6 +236,6 @@ fn conclude(findings: &Findings) -> anyhow::Result<()> {
              that knows the verifier's kind of text, or prompts of that kind with --prompt"
         );
     }
-    writeln!(io::stdout(), "PASS: every byte is the same with speculation and without.")?;
+    writeln!(out, "PASS: every byte is the same with speculation and without.")?;
     Ok(())
 }

@@ -110,6 +110,16 @@ impl Attribution {
 
 /// Writes rows in right-aligned columns, the first column left-aligned.
 pub(super) fn write_table(out: &mut impl Write, rows: &[Vec<String>]) -> io::Result<()> {
+    write_columns(out, rows, 1)
+}
+
+/// Writes rows in left-aligned columns.
+pub(super) fn write_left_table(out: &mut impl Write, rows: &[Vec<String>]) -> io::Result<()> {
+    write_columns(out, rows, usize::MAX)
+}
+
+/// Columns from `num_left` on are right-aligned.
+fn write_columns(out: &mut impl Write, rows: &[Vec<String>], num_left: usize) -> io::Result<()> {
     let num_columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column));
@@ -119,9 +129,12 @@ pub(super) fn write_table(out: &mut impl Write, rows: &[Vec<String>]) -> io::Res
     for row in rows {
         let mut line = String::new();
         for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
-            match column {
-                0 => line.push_str(&format!("{cell:<width$}")),
-                _ => line.push_str(&format!("  {cell:>width$}")),
+            if column > 0 {
+                line.push_str("  ");
+            }
+            match column < num_left {
+                true => line.push_str(&format!("{cell:<width$}")),
+                false => line.push_str(&format!("{cell:>width$}")),
             }
         }
         writeln!(out, "{}", line.trim_end())?;

@@ -162,7 +162,7 @@ mod tests {
     use slipstream_model::ids::TokenId;
 
     use super::{Counters, POSITIONS_MAX};
-    use crate::engine::event::{FinishReason, SequenceFault};
+    use crate::engine::event::{CancelReason, FinishReason, SequenceFault};
 
     #[test]
     fn every_end_counts_once_and_where_it_belongs() {
@@ -171,7 +171,7 @@ mod tests {
             FinishReason::EndToken(TokenId(1)),
             FinishReason::StopString(0),
             FinishReason::Length,
-            FinishReason::Cancelled,
+            FinishReason::Cancelled(CancelReason::ClientGone),
             FinishReason::DeadlineExceeded,
             FinishReason::Fault(SequenceFault::VerifierFailed),
             FinishReason::ShuttingDown,
@@ -181,7 +181,7 @@ mod tests {
         }
         let by = counters.finished_by;
         assert_eq!([by.end_token, by.stop_string, by.length], [1, 2, 3]);
-        assert_eq!([by.cancelled, by.deadline, by.fault, by.shutting_down], [4, 5, 6, 7]);
+        assert_eq!([by.client_gone, by.deadline, by.fault, by.shutting_down], [4, 5, 6, 7]);
         assert_eq!(counters.finished, 28);
         counters.add_end(FinishReason::Fault(SequenceFault::Choice(ChoiceFault::NotFinite)));
         assert_eq!(counters.finished_by.fault, 7);

@@ -8,8 +8,8 @@ use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
-use http::{StatusCode, Uri};
+use http::header::{ALLOW, CONTENT_TYPE, HeaderMap, HeaderValue};
+use http::{Method, StatusCode, Uri};
 use tonic::{Code, Status};
 use tracing::Instrument;
 
@@ -41,6 +41,9 @@ pub(crate) async fn around(
     mut request: Request,
     next: Next,
 ) -> Response {
+    if request.method() != Method::POST {
+        return not_post();
+    }
     if !is_grpc(request.headers()) {
         return not_grpc();
     }
@@ -65,14 +68,15 @@ pub(crate) async fn around(
     recorder.watch(response, &named)
 }
 
-/// Answers what no route is for.
-pub(crate) async fn not_found(uri: Uri, headers: HeaderMap) -> Response {
-    if is_grpc(&headers) {
-        return unknown_method(&uri, &CallId::of(&headers));
+/// Answers a gRPC call that no route is for; `None` for what is no gRPC call.
+pub(crate) fn unknown_call(counters: &Arc<CallCounters>, request: &Request) -> Option<Response> {
+    if !is_grpc(request.headers()) {
+        return None;
     }
-    let text = "there is nothing at this path: there are /health, /ready, /version and /metrics \
-                for HTTP, and gRPC (server reflection lists its methods)\n";
-    (StatusCode::NOT_FOUND, text).into_response()
+    let id = CallId::of(request.headers());
+    let span = span_of(None, request.headers());
+    let recorder = Recorder::begin(counters.begin(None), span);
+    Some(recorder.watch(unknown_method(request.uri(), &id), &id.0))
 }
 
 /// The field of a call's span that its method fills in.
@@ -103,6 +107,12 @@ fn is_grpc(headers: &HeaderMap) -> bool {
     ["application/grpc", "application/grpc+proto"]
         .iter()
         .any(|kind| essence.eq_ignore_ascii_case(kind))
+}
+
+/// gRPC calls are POST requests; served as a call, what a link can make a browser send would be one.
+fn not_post() -> Response {
+    let text = "gRPC calls are POST requests over HTTP/2\n";
+    (StatusCode::METHOD_NOT_ALLOWED, [(ALLOW, "POST")], text).into_response()
 }
 
 fn not_grpc() -> Response {

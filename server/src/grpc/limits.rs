@@ -1,5 +1,6 @@
-//! Owns the bounds of what a client may send, each with its unit. `validate.rs` enforces them, the
-//! protocol file documents them. Bounds that depend on the model or the operator are in
+//! Owns the bounds of what a client may send, each with its unit, and the one table of them that
+//! the documentation is made from. `validate.rs` enforces them, the protocol file tells them to
+//! clients. Bounds that depend on the model or the operator are in
 //! [`ServedModel`](crate::grpc::served::ServedModel).
 
 use std::ops::RangeInclusive;
@@ -34,3 +35,107 @@ pub(crate) const STOP_STRINGS_MAX: usize = 16;
 pub(crate) const STOP_STRING_BYTES_MAX: usize = 256;
 /// Stop token ids.
 pub(crate) const STOP_TOKEN_IDS_MAX: usize = 64;
+
+/// A bound as operators and users read about it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limit {
+    /// The field of the protocol, or what else is bounded.
+    pub(crate) name: &'static str,
+    /// What is allowed.
+    pub(crate) allowed: Allowed,
+    /// What the numbers count.
+    pub(crate) unit: &'static str,
+    /// What a request beyond it gets.
+    pub(crate) beyond: &'static str,
+}
+
+/// What a [`Limit`] allows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Allowed {
+    /// At most so many.
+    Most(usize),
+    /// Both ends included.
+    Range(f64, f64),
+    /// Zero, or both ends included.
+    ZeroOrRange(f64, f64),
+    /// What a request has that does not say.
+    Default(f64),
+}
+
+impl std::fmt::Display for Allowed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Most(most) => write!(f, "at most {most}"),
+            Self::Range(least, most) => write!(f, "{least} to {most}"),
+            Self::ZeroOrRange(least, most) => write!(f, "0, or {least} to {most}"),
+            Self::Default(value) => write!(f, "{value} unless given"),
+        }
+    }
+}
+
+/// What a request that is wrong by itself gets.
+const REFUSED: &str = "INVALID_ARGUMENT";
+
+const fn most(name: &'static str, most: usize, unit: &'static str) -> Limit {
+    Limit { name, allowed: Allowed::Most(most), unit, beyond: REFUSED }
+}
+
+const fn range(name: &'static str, range: &RangeInclusive<f64>, unit: &'static str) -> Limit {
+    Limit { name, allowed: Allowed::Range(*range.start(), *range.end()), unit, beyond: REFUSED }
+}
+
+/// Every bound that the protocol fixes.
+pub(crate) const TABLE: &[Limit] = &[
+    Limit {
+        name: "one request message",
+        allowed: Allowed::Most(MESSAGE_BYTES_MAX),
+        unit: "bytes, unless `--max-message` says otherwise",
+        beyond: "RESOURCE_EXHAUSTED",
+    },
+    most("text", PROMPT_TEXT_BYTES_MAX, "bytes of UTF-8"),
+    most("model", MODEL_NAME_BYTES_MAX, "bytes"),
+    most("request_id", REQUEST_ID_BYTES_MAX, "visible ASCII characters, 1 or more"),
+    Limit {
+        name: "max_tokens",
+        allowed: Allowed::Default(MAX_TOKENS_DEFAULT as f64),
+        unit: "tokens; with the prompt within the context and the KV pool",
+        beyond: "OUT_OF_RANGE",
+    },
+    Limit {
+        name: "temperature",
+        allowed: Allowed::ZeroOrRange(*TEMPERATURE_RANGE.start(), *TEMPERATURE_RANGE.end()),
+        unit: "divisor of logits",
+        beyond: REFUSED,
+    },
+    Limit {
+        name: "temperature",
+        allowed: Allowed::Default(TEMPERATURE_DEFAULT),
+        unit: "divisor of logits",
+        beyond: "-",
+    },
+    range("repetition_penalty", &REPETITION_PENALTY_RANGE, "divisor of logits"),
+    range("presence_penalty, frequency_penalty", &ADDED_PENALTY_RANGE, "units of a logit"),
+    range("logit_bias.bias", &LOGIT_BIAS_RANGE, "units of a logit"),
+    most("logit_bias", LOGIT_BIAS_ENTRIES_MAX, "entries, each token once"),
+    most("stop_strings", STOP_STRINGS_MAX, "strings"),
+    most("one of stop_strings", STOP_STRING_BYTES_MAX, "bytes of UTF-8, 1 or more"),
+    most("stop_token_ids", STOP_TOKEN_IDS_MAX, "ids"),
+];
+
+#[cfg(test)]
+mod tests {
+    /// A bound that is not in the table would be missing in the documentation.
+    #[test]
+    fn every_bound_is_in_the_table() {
+        let source = include_str!("limits.rs");
+        let (constants, table) = source.split_once("const TABLE").expect("there is a table");
+        let names = constants.lines().filter_map(|line| {
+            let rest = line.strip_prefix("pub(crate) const ")?;
+            rest.split(':').next()
+        });
+        let names: Vec<&str> = names.collect();
+        assert!(names.len() > 10, "{names:?}");
+        let missing: Vec<_> = names.iter().filter(|name| !table.contains(**name)).collect();
+        assert!(missing.is_empty(), "add them to the table: {missing:?}");
+    }
+}

@@ -27,7 +27,7 @@ use crate::grpc::tokenization::TokenizationService;
 use crate::metrics::calls::CallCounters;
 use crate::stage::Stage;
 
-pub(crate) use crate::grpc::around::not_found;
+pub(crate) use crate::grpc::around::unknown_call;
 
 /// What the services are made of.
 pub(crate) struct GrpcParts {
@@ -45,7 +45,7 @@ pub(crate) struct GrpcParts {
 
 /// Every service on its path. Needs a running tokio runtime for the sweeper of stalled calls, which
 /// ends with the last clone of the router, and for health, which ends with the stage. Paths that are none of these are for the caller's
-/// fallback: [`not_found`].
+/// fallback: [`unknown_call`].
 pub(crate) fn routes(parts: GrpcParts) -> Router {
     let GrpcParts { backend, calls, edge, stage, counters } = parts;
     let health = health::following(stage.clone());

@@ -14,8 +14,8 @@ use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
 use serde_json::{Value, json};
 use slipstream_model::kernels::{Isa, NUMERICS_VERSION};
-use tonic::Status;
 
+use crate::grpc::routes;
 use crate::metrics::Metrics;
 use crate::stage::Stage;
 use health::Soundness;
@@ -24,8 +24,6 @@ use health::Soundness;
 const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// Anything else that is text.
 const PLAIN: &str = "text/plain; charset=utf-8";
-/// How the content types of gRPC begin.
-const GRPC: &[u8] = b"application/grpc";
 /// When a client that is told "not yet" may ask again, in seconds.
 const RETRY_AFTER: &str = "1";
 
@@ -66,19 +64,16 @@ pub(crate) fn routes(parts: HttpParts) -> Router {
 pub(crate) fn with_fallback(router: Router, parts: HttpParts) -> Router {
     router.fallback(move |request: Request| {
         let path = request.uri().path().to_owned();
-        let response = nothing_here(&request);
-        if response.status() == StatusCode::NOT_FOUND {
+        let unknown_call = routes::unknown_call(&parts.metrics.calls, &request);
+        let response = unknown_call.unwrap_or_else(|| {
             parts.metrics.http.answered(&path, StatusCode::NOT_FOUND);
-        }
+            nothing_here()
+        });
         async { response }
     })
 }
 
-fn nothing_here(request: &Request) -> Response {
-    let content_type = request.headers().get(CONTENT_TYPE).map(HeaderValue::as_bytes);
-    if content_type.is_some_and(|name| name.starts_with(GRPC)) {
-        return Status::unimplemented("there is no such method on this server").into_http();
-    }
+fn nothing_here() -> Response {
     let text = format!("there is nothing here\n\n{INDEX}");
     (StatusCode::NOT_FOUND, [(CONTENT_TYPE, PLAIN)], text).into_response()
 }
