@@ -4,19 +4,20 @@
 
 use std::fs::File;
 use std::io;
+use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use slipstream_proto::v1;
-use slipstream_server::NetConfig;
 use slipstream_server::local::{LocalServer, connect};
+use slipstream_server::{Listeners, NetConfig, Shutdown, run};
 use slipstream_tests::client::{
     Client, block_on, client, complete, config, greedy, narrow_client, stream, url,
 };
 use slipstream_tests::proxy::Proxy;
 use slipstream_tests::serving::{SERVE, Serving};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 use tonic::{Code, Streaming};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
@@ -105,7 +106,9 @@ fn connections_age_and_their_requests_do_not_notice() {
         let client = Client::new(connect(&proxy.url()).await.unwrap());
         let whole = complete(&client, greedy(PROMPT, 40)).await.unwrap();
         let (mut num_done, mut num_refused) = (0, 0);
+        let begun = Instant::now();
         while proxy.num_connections() < 4 {
+            assert!(begun.elapsed() < PATIENCE, "connections never age");
             // A client that hears GOAWAY has to ask again: the server has not looked at the
             // request. Everything that the server took has to succeed.
             match complete(&client, greedy(PROMPT, 40)).await {
@@ -267,27 +270,69 @@ fn a_stream_whose_peer_takes_nothing_is_reset_alone() {
     });
 }
 
+/// A frame of this type with these flags and this payload, on the connection itself.
+fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
+    let len = u8::try_from(payload.len()).unwrap();
+    [&[0, 0, len, kind, flags, 0, 0, 0, 0], payload].concat()
+}
+
 #[test]
-fn a_flood_of_pings_ends_its_own_connection() {
+fn a_flood_of_control_frames_ends_its_own_connection() {
     block_on(async {
         let server = server(|_| {}).await;
         let hello = [PREFACE, SETTINGS].concat();
         let mut tame = open(&server, &[&hello[..], &PING.repeat(1000)].concat()).await;
-        let mut flood = open(&server, &hello).await;
-        let (mut from, mut to) = flood.split();
-        let pings = PING.repeat(1000);
-        let sending = async { while to.write_all(&pings).await.is_ok() {} };
-        let receiving = async {
+        let floods = [
+            ("PING", PING.to_vec()),
+            ("answers to PING", frame(6, 1, &[0; 8])),
+            ("SETTINGS", SETTINGS.to_vec()),
+            ("WINDOW_UPDATE", frame(8, 0, &[0, 0, 0, 1])),
+            ("unknown", frame(99, 0, &[])),
+        ];
+        for (name, bytes) in floods {
+            let mut peer = open(&server, &hello).await;
+            let (mut from, mut to) = peer.split();
+            let many = bytes.repeat(1000);
+            let sending = async { while to.write_all(&many).await.is_ok() {} };
             let mut answers = Vec::new();
-            let _ = from.read_to_end(&mut answers).await;
-        };
-        let both = async { tokio::join!(sending, receiving) };
-        tokio::time::timeout(PATIENCE, both).await.expect("the flood goes on for ever");
-        // SETTINGS, their acknowledgement and 1000 answers.
+            let receiving = from.read_to_end(&mut answers);
+            let both = async { tokio::join!(sending, receiving) };
+            let ended = tokio::time::timeout(PATIENCE, both).await;
+            assert!(ended.is_ok(), "the flood of {name} goes on for ever");
+        }
         let mut answers = vec![0; 1000 * PING.len()];
         tame.read_exact(&mut answers).await.unwrap();
         stream(&client(&server), greedy(PROMPT, 2)).await.unwrap();
         server.stop().await.unwrap();
+    });
+}
+
+#[test]
+fn a_second_port_is_for_http_only() {
+    block_on(async {
+        let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
+        let (main, http) = (bind().await.unwrap(), bind().await.unwrap());
+        let (main_address, http_address) = (main.local_addr().unwrap(), http.local_addr().unwrap());
+        let (stopper, shutdown) = Shutdown::new();
+        let listeners = Listeners { main, http: Some(http) };
+        let ended = tokio::spawn(run(config(|_| {}), listeners, shutdown));
+        let health = async |address| {
+            let channel = connect(&format!("http://{address}")).await.unwrap();
+            let request = HealthCheckRequest { service: String::new() };
+            HealthClient::new(channel).check(request).await
+        };
+        health(main_address).await.unwrap();
+        let elsewhere = health(http_address).await.unwrap_err();
+        assert_eq!(elsewhere.code(), Code::Unimplemented, "{elsewhere:?}");
+        let mut peer = TcpStream::connect(http_address).await.unwrap();
+        let get = b"GET /nothing HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
+        peer.write_all(get).await.unwrap();
+        assert!(until_closed(&mut peer).await.starts_with(b"HTTP/1.1 404 "));
+        stopper.drain();
+        ended.await.unwrap().unwrap();
+        for address in [main_address, http_address] {
+            assert!(TcpStream::connect(address).await.is_err(), "{address} is still open");
+        }
     });
 }
 

@@ -64,7 +64,7 @@ pub(super) async fn serve(stream: TcpStream, shared: Shared) {
                 }
             }
             () = tokio::time::sleep_until(next_look) => {
-                let stalled = traffic.end_stalled(config.stream_stall_timeout);
+                let stalled = traffic.end_stalled(config.stream_stall_timeout, traffic.now_ms());
                 (0..stalled.streams).for_each(|_| stats.streams_stalled.add_one());
                 if stalled.is_connection {
                     let_go(CloseReason::Stall);

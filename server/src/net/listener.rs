@@ -143,10 +143,13 @@ impl Acceptor {
         self.connections.spawn(connection::serve(stream, self.shared.clone()));
     }
 
-    /// Accepting goes on whatever happens: most errors are of the one connection that was not to
-    /// be, the others pass when connections close.
+    /// Accepting goes on whatever happens. It pauses when there are no more files or no memory,
+    /// which passes when connections close; what is wrong with one connection holds up no other.
     async fn fail(&mut self, error: &io::Error) {
         self.shared.stats.accept_errors.add_one();
+        if is_of_one_connection(error) {
+            return;
+        }
         if let Some(unlogged) = self.errors.take() {
             tracing::warn!(%error, unlogged, "cannot accept a connection");
         }
@@ -161,6 +164,12 @@ impl Acceptor {
             tracing::error!("a connection's task panicked; the panic is on stderr");
         }
     }
+}
+
+/// Whether the error is of the connection that was to be accepted, and not of accepting.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
 }
 
 /// Small messages go out at once, and the system finds dead peers of HTTP/1 connections too. A

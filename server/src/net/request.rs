@@ -89,11 +89,10 @@ impl Traffic {
         is_idle.then(|| self.begun_at + since)
     }
 
-    /// Ends the answers of which nothing was taken for `timeout`, as far as that can be done
-    /// without ending the connection.
-    pub(super) fn end_stalled(&self, timeout: Duration) -> Stalled {
+    /// Ends the answers of which nothing was taken for `timeout` until `now_ms`, as far as that can
+    /// be done without ending the connection.
+    pub(super) fn end_stalled(&self, timeout: Duration, now_ms: u64) -> Stalled {
         let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-        let now_ms = self.now_ms();
         let mut stalled = Stalled::default();
         locked(&self.answers).retain(|answer| {
             let Some(answer) = answer.upgrade() else { return false };
@@ -227,5 +226,84 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for StreamTasks {
             // The cell is filled here and nowhere else.
             let _ = answer.task.set(task.abort_handle());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt;
+
+    use super::*;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    fn body(traffic: &Arc<Traffic>, version: Version, text: &'static str) -> AnswerBody {
+        AnswerBody { body: axum::body::Body::from(text), request: traffic.begin(version) }
+    }
+
+    #[test]
+    fn idle_is_who_has_no_request_in_progress() {
+        let begun_at = Instant::now();
+        let traffic = Arc::new(Traffic::new(begun_at));
+        assert_eq!(traffic.idle_since(), Some(begun_at));
+        let (first, second) = (traffic.begin(Version::HTTP_11), traffic.begin(Version::HTTP_11));
+        drop(first);
+        assert_eq!(traffic.idle_since(), None);
+        drop(second);
+        assert!(traffic.idle_since().is_some_and(|since| since <= Instant::now()));
+        assert_eq!(traffic.num_begun(), 2);
+    }
+
+    #[tokio::test]
+    async fn an_answer_stalls_when_its_frame_is_not_taken() {
+        let traffic = Arc::new(Traffic::new(Instant::now()));
+        let after = |minutes: u64| traffic.now_ms() + minutes * 60_000;
+        let mut answer = body(&traffic, Version::HTTP_11, "text");
+        let nothing = Stalled::default();
+        assert_eq!(traffic.end_stalled(MINUTE, after(10)), nothing, "nothing is there to take");
+        answer.frame().await.unwrap().unwrap();
+        assert_eq!(traffic.end_stalled(MINUTE, traffic.now_ms()), nothing, "it has time yet");
+        let cut = Stalled { streams: 0, is_connection: true };
+        assert_eq!(traffic.end_stalled(MINUTE, after(1)), cut, "HTTP/1 has no streams");
+        let mut taken = body(&traffic, Version::HTTP_11, "text");
+        taken.frame().await.unwrap().unwrap();
+        assert!(taken.frame().await.is_none());
+        assert_eq!(traffic.end_stalled(MINUTE, after(10)), nothing, "all of it was taken");
+    }
+
+    #[tokio::test]
+    async fn a_stalled_stream_is_ended_alone() {
+        let traffic = Arc::new(Traffic::new(Instant::now()));
+        let tasks = StreamTasks(Arc::clone(&traffic));
+        let (ends, mut all_ended) = tokio::sync::mpsc::channel::<()>(1);
+        for is_stuck in [true, false] {
+            let mut answer = body(&traffic, Version::HTTP_2, "text");
+            let end = ends.clone();
+            tasks.execute(async move {
+                answer.frame().await.unwrap().unwrap();
+                if is_stuck {
+                    std::future::pending::<()>().await;
+                }
+                assert!(answer.frame().await.is_none());
+                drop(end);
+            });
+        }
+        drop(ends);
+        let mut num_reset = 0;
+        while all_ended.try_recv() != Err(tokio::sync::mpsc::error::TryRecvError::Disconnected) {
+            tokio::task::yield_now().await;
+            num_reset += traffic.end_stalled(MINUTE, traffic.now_ms() + 60_000).streams;
+        }
+        assert_eq!(num_reset, 1);
+        assert!(traffic.idle_since().is_some());
+    }
+
+    #[tokio::test]
+    async fn ended_answers_are_forgotten() {
+        let traffic = Arc::new(Traffic::new(Instant::now()));
+        for _ in 0..10_000 {
+            drop(traffic.begin(Version::HTTP_2));
+        }
+        assert!(locked(&traffic.answers).capacity() <= 8);
     }
 }
