@@ -3,6 +3,7 @@
 
 use slipstream_proto::v1;
 use slipstream_server::config::ModelFlags;
+use slipstream_server::local::LocalServer;
 use slipstream_tests::client::{
     Client, PATIENCE, block_on, client, complete, greedy, narrow_client, read_on, sampled, start,
     stream, until_taken, url,
@@ -30,33 +31,54 @@ fn assert_aborted(status: &Status) {
     assert!(status.message().contains("output_prefix"), "{status:?}");
 }
 
+/// Reads `num_read` events of a request, aborts it, and reads on. `None` when the request was over
+/// before the abort came.
+async fn cut(
+    server: &LocalServer,
+    request: &v1::GenerateRequest,
+    num_read: usize,
+) -> Option<Vec<u32>> {
+    let id = request.request_id.as_deref().unwrap();
+    let other = client(server);
+    let call = narrow_client(&url(server)).await.generate(request.clone()).await;
+    let mut events = call.unwrap().into_inner();
+    let mut received = Vec::new();
+    for _ in 0..num_read {
+        let event = events.message().await.unwrap()?.event;
+        if let Some(v1::generate_event::Event::Tokens(tokens)) = event {
+            received.extend(tokens.tokens.iter().map(|token| token.id));
+        }
+    }
+    if abort(&other, &["somebody-else", id]).await.unwrap() == 0 {
+        return None;
+    }
+    assert_eq!(abort(&other, &[id, id]).await.unwrap(), 0, "it is told once");
+    let (received, status) = read_on(&mut events, received).await;
+    assert_aborted(&status.expect("it was aborted"));
+    assert!(events.message().await.unwrap().is_none(), "nothing follows a status");
+    Some(received)
+}
+
 #[test]
 fn an_aborted_stream_ends_behind_what_was_certain_and_can_go_on() {
     block_on(async {
         let server = start(|_| {}).await;
-        let (reader, other) = (client(&server), narrow_client(&url(&server)).await);
-        for (index, num_read) in [0, 1, 3, 20].into_iter().enumerate() {
-            let id = format!("mine-{index}");
-            let request = sampled(PROMPT, LONG, index as u64);
-            let call =
-                narrow_client(&url(&server)).await.generate(named(&id, request.clone())).await;
-            let mut events = call.unwrap().into_inner();
-            let mut received = Vec::new();
-            for _ in 0..num_read {
-                let event = events.message().await.unwrap().unwrap().event;
-                if let Some(v1::generate_event::Event::Tokens(tokens)) = event {
-                    received.extend(tokens.tokens.iter().map(|token| token.id));
+        let client = client(&server);
+        for num_read in [0, 1, 3, 10] {
+            let mut found = None;
+            for seed in 0..50 {
+                let request = named(&format!("mine-{num_read}"), sampled(PROMPT, LONG, seed));
+                if let Some(received) = cut(&server, &request, num_read).await {
+                    found = Some((request, received));
+                    break;
                 }
             }
-            assert_eq!(abort(&other, &["somebody-else", &id]).await.unwrap(), 1);
-            assert_eq!(abort(&other, &[&id, &id]).await.unwrap(), 0, "it is told once");
-            let (received, status) = read_on(&mut events, received).await;
-            assert_aborted(&status.expect("it was aborted"));
-            assert!(events.message().await.unwrap().is_none(), "nothing follows a status");
+            let (request, received) = found.expect("one of 50 was slow enough to be aborted");
             let resumed =
                 v1::GenerateRequest { output_prefix: received.clone(), ..request.clone() };
-            let rest = stream(&reader, resumed).await.unwrap().ids();
-            let whole = stream(&reader, request).await.unwrap().ids();
+            let rest = stream(&client, resumed).await.unwrap().ids();
+            assert!(!rest.is_empty(), "nothing was cut off");
+            let whole = stream(&client, request).await.unwrap().ids();
             assert_eq!([received, rest].concat(), whole);
         }
         server.stop().await.unwrap();

@@ -92,7 +92,7 @@ impl EngineHandle {
         let (events, receiver) = mpsc::channel(EVENT_QUEUE_LEN);
         // From here on the engine may know the request: whatever happens to this future, the
         // stream's drop tells it to forget.
-        let unread = events.downgrade();
+        let unread = Unread::of(&events);
         let stream = RequestStream { id, receiver, unread, canceller: canceller.clone() };
         let (reply, answer) = oneshot::channel();
         let canceller = canceller.clone();
@@ -222,7 +222,7 @@ impl Canceller {
 pub struct RequestStream {
     id: SequenceId,
     receiver: mpsc::Receiver<Event>,
-    unread: mpsc::WeakSender<Event>,
+    unread: Unread,
     canceller: Canceller,
 }
 
@@ -247,7 +247,7 @@ impl RequestStream {
     /// Tells others whether events wait in this stream.
     #[must_use]
     pub fn unread(&self) -> Unread {
-        Unread { events: self.unread.clone() }
+        self.unread.clone()
     }
 
     /// Why no further events will come, if the request was cancelled.
@@ -264,6 +264,11 @@ pub struct Unread {
 }
 
 impl Unread {
+    /// Of the stream that these events go to.
+    pub(crate) fn of(events: &mpsc::Sender<Event>) -> Self {
+        Self { events: events.downgrade() }
+    }
+
     /// Whether the stream would give something now: an event, or its end.
     #[must_use]
     pub fn is_any(&self) -> bool {
@@ -275,5 +280,122 @@ impl Unread {
 impl Drop for RequestStream {
     fn drop(&mut self) {
         self.canceller.cancel(CancelReason::ClientGone);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crossbeam::channel;
+    use slipstream_model::clock::Micros;
+    use slipstream_model::ids::TokenId;
+    use slipstream_model::sampling::SamplingParams;
+
+    use super::{CancelReason, Canceller, Command, EngineHandle, Request, Submission};
+    use crate::engine::request::{Speculation, SubmitError};
+
+    fn request() -> Request {
+        Request {
+            prompt: vec![TokenId(0)],
+            output_prefix: Vec::new(),
+            params: SamplingParams::greedy(),
+            stop_strings: Vec::new(),
+            max_tokens: 1,
+            logprobs: false,
+            speculation: Speculation::Off,
+            arrival: Micros(0),
+            deadline: None,
+        }
+    }
+
+    /// A handle with room for one request, and the engine's end of its queue.
+    fn one() -> (EngineHandle, channel::Receiver<Command>) {
+        let (sender, commands) = channel::bounded(EngineHandle::queue_capacity(1));
+        (EngineHandle::new(sender, 1), commands)
+    }
+
+    /// As the engine takes a request.
+    fn take(commands: &channel::Receiver<Command>) -> Box<Submission> {
+        match commands.try_recv() {
+            Ok(Command::Submit(submission)) => submission,
+            other => panic!("no request but {other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn the_first_of_stream_and_canceller_sends_the_one_cancel() {
+        for is_canceller_first in [true, false] {
+            let (handle, commands) = one();
+            let canceller = Canceller::default();
+            let (stream, submission) = tokio::join!(handle.submit(request(), &canceller), async {
+                let Submission { id, request, events, canceller, reply } = *take(&commands);
+                reply.send(Ok(())).expect("it is waited for");
+                (id, request, events, canceller)
+            });
+            let mut stream = stream.expect("it was taken");
+            assert_eq!(handle.num_live(), 1);
+            if is_canceller_first {
+                assert!(canceller.cancel(CancelReason::Aborted));
+                assert!(!canceller.cancel(CancelReason::Stalled), "only once");
+                assert_eq!(stream.cancelled(), Some(CancelReason::Aborted));
+            }
+            let refused = handle.submit(request(), &Canceller::default()).await;
+            assert_eq!(refused.err(), Some(SubmitError::TooManyRequests { limit: 1 }));
+            drop(submission);
+            assert_eq!(stream.next().await, None);
+            drop(stream);
+            assert!(!canceller.cancel(CancelReason::Stalled), "it is over");
+            let Ok(Command::Cancel(_, reason, permit)) = commands.try_recv() else { panic!() };
+            let expected =
+                if is_canceller_first { CancelReason::Aborted } else { CancelReason::ClientGone };
+            assert_eq!(reason, expected);
+            assert_eq!(handle.num_live(), 1, "the engine has not seen it yet");
+            drop(permit);
+            assert_eq!(handle.num_live(), 0);
+            assert!(commands.try_recv().is_err(), "one cancel is all there is room for");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_request_that_the_engine_has_ended_needs_no_cancel() {
+        let (handle, commands) = one();
+        let canceller = Canceller::default();
+        let (stream, ()) = tokio::join!(handle.submit(request(), &canceller), async {
+            let Submission { canceller, reply, .. } = *take(&commands);
+            reply.send(Ok(())).expect("it is waited for");
+            canceller.release();
+        });
+        let stream = stream.expect("it was taken");
+        assert_eq!(handle.num_live(), 0, "though nobody has read it");
+        assert!(!canceller.cancel(CancelReason::Aborted), "it was over");
+        drop(stream);
+        assert!(commands.try_recv().is_err());
+    }
+
+    #[tokio::test]
+    async fn what_was_cancelled_before_never_reaches_the_engine() {
+        let (handle, commands) = one();
+        let canceller = Canceller::default();
+        assert!(canceller.cancel(CancelReason::Aborted));
+        let mut stream = handle.submit(request(), &canceller).await.expect("a stream without news");
+        assert_eq!((stream.next().await, stream.cancelled()), (None, Some(CancelReason::Aborted)));
+        drop(stream);
+        assert_eq!(handle.num_live(), 0);
+        assert!(commands.try_recv().is_err());
+        let again = handle.submit(request(), &canceller).await;
+        assert!(again.is_ok(), "still nothing");
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_stops_waiting_is_followed_by_its_cancel() {
+        let (handle, commands) = one();
+        let canceller = Canceller::default();
+        let submit = handle.submit(request(), &canceller);
+        tokio::select! {
+            biased;
+            _ = submit => panic!("nobody has answered"),
+            () = std::future::ready(()) => {}
+        }
+        drop(take(&commands));
+        assert!(matches!(commands.try_recv(), Ok(Command::Cancel(..))));
     }
 }

@@ -4,9 +4,11 @@
 use bytes::Bytes;
 use http::{HeaderMap, Request, StatusCode};
 use http_body_util::{BodyExt, Full};
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use slipstream_server::local::LocalServer;
+use tokio::net::TcpStream;
 use tonic::Status;
-use tonic::client::GrpcService;
-use tonic::transport::Channel;
 use tonic_types::{ErrorDetails, StatusExt};
 
 /// What a gRPC request says of itself.
@@ -52,27 +54,30 @@ pub fn whole(content: &[u8]) -> Vec<u8> {
     framed(0, u32::try_from(content.len()).expect("short"), content)
 }
 
-/// Posts `body` to `path` with these headers.
+/// Posts `body` to `path` with these headers, on a connection of its own.
 ///
 /// # Panics
 /// When no answer comes.
 pub async fn post(
-    channel: &Channel,
+    server: &LocalServer,
     path: &str,
     headers: &[(&str, &str)],
     body: Vec<u8>,
 ) -> RawAnswer {
-    let mut request = Request::post(path).header("te", "trailers");
+    let socket = TcpStream::connect(server.address()).await.expect("the server listens");
+    let handshake = http2::handshake(TokioExecutor::new(), TokioIo::new(socket));
+    let (mut sender, connection) = handshake.await.expect("the server speaks HTTP/2");
+    let connection = tokio::spawn(connection);
+    let uri = format!("http://{}{path}", server.address());
+    let mut request = Request::post(uri).header("te", "trailers");
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
-    let body = tonic::body::Body::new(Full::new(Bytes::from(body)));
-    let request = request.body(body).expect("a well-formed request");
-    let mut channel = channel.clone();
-    std::future::poll_fn(|cx| GrpcService::poll_ready(&mut channel, cx)).await.expect("ready");
-    let (parts, body) =
-        GrpcService::call(&mut channel, request).await.expect("an answer comes").into_parts();
+    let request = request.body(Full::new(Bytes::from(body))).expect("a well-formed request");
+    let answer = sender.send_request(request).await.expect("an answer comes");
+    let (parts, body) = answer.into_parts();
     let collected = body.collect().await.expect("the answer ends");
+    connection.abort();
     let trailers = collected.trailers().cloned().unwrap_or_default();
     let (http_status, headers) = (parts.status, parts.headers);
     RawAnswer { http_status, headers, body: collected.to_bytes(), trailers }

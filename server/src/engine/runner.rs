@@ -187,7 +187,7 @@ impl Runner {
                     }
                 }
                 Err(TrySendError::Full(())) => {
-                    // Only of a request that has ended by itself: the others' ends come as commands.
+                    // Only of one that has ended by itself: the others' ends come as commands.
                     if let Some(reason) = reader.canceller.cancelled() {
                         self.engine.forget(id, reason);
                         return;

@@ -142,3 +142,67 @@ async fn within<T>(
             .unwrap_or(Err(CallError::DeadlineExceeded)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use slipstream_model::clock::Micros;
+    use tonic::{Code, Request};
+
+    use super::{CallId, Caller, answer};
+    use crate::grpc::status::CallError;
+
+    fn call(id: Option<&str>, timeout: &str) -> Request<Option<&'static str>> {
+        let mut call = Request::new(None);
+        let timeout = timeout.parse().expect("a header's value");
+        call.metadata_mut().insert("grpc-timeout", timeout);
+        call.extensions_mut().insert(CallId("drawn".to_owned()));
+        if let Some(id) = id {
+            call.metadata_mut().insert("x-request-id", id.parse().expect("a header's value"));
+        }
+        call
+    }
+
+    #[tokio::test]
+    async fn nothing_is_begun_for_a_caller_who_has_stopped_waiting() {
+        for timeout in ["0S", "999n"] {
+            let answered = answer(
+                call(None, timeout),
+                |id| *id,
+                |_, _| async { Err::<(), _>(CallError::Internal("it was begun")) },
+            );
+            let status = answered.await.expect_err("no time is left");
+            assert_eq!(status.code(), Code::DeadlineExceeded);
+        }
+        let never = answer(
+            call(None, "1m"),
+            |id| *id,
+            |caller: Caller, _| {
+                assert_eq!(caller.span, Some(Micros(950)), "less a twentieth for the answer's way");
+                std::future::pending::<Result<(), CallError>>()
+            },
+        );
+        assert_eq!(never.await.expect_err("its time passes").code(), Code::DeadlineExceeded);
+    }
+
+    #[tokio::test]
+    async fn both_answers_and_errors_carry_the_id() {
+        let fine = answer(call(None, "1H"), |id| *id, |_, _| async { Ok(()) }).await;
+        assert_eq!(fine.expect("fine").metadata().get("x-request-id").expect("tagged"), "drawn");
+        let failed = answer(
+            call(None, "1H"),
+            |_| Some("named"),
+            |caller: Caller, _| async move {
+                assert_eq!(caller.request_id, "named");
+                Err::<(), _>(CallError::Loading)
+            },
+        );
+        let status = failed.await.expect_err("it fails");
+        assert_eq!(status.metadata().get("x-request-id").expect("tagged"), "named");
+        for (id, named) in [(Some("not an id"), None), (None, Some("not an id"))] {
+            let refused = answer(call(id, "1H"), |_| named, |_, _| async { Ok(()) }).await;
+            let status = refused.expect_err("ids have no spaces");
+            assert_eq!(status.code(), Code::InvalidArgument);
+            assert_eq!(status.metadata().get("x-request-id").expect("tagged"), "drawn");
+        }
+    }
+}

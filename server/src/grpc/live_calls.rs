@@ -206,3 +206,112 @@ impl Drop for Entry {
         self.call.release();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use tokio::sync::mpsc;
+
+    use super::{CancelReason, Entry, LiveCalls, SWEEPS_PER_LIMIT};
+    use crate::engine::event::{Event, TokensEvent};
+    use crate::grpc::calls::Calls;
+    use crate::handle::{EVENT_QUEUE_LEN, Unread};
+
+    struct Stream {
+        entry: Entry,
+        events: mpsc::Sender<Event>,
+        receiver: mpsc::Receiver<Event>,
+    }
+
+    fn open(live: &Arc<LiveCalls>, calls: &Calls) -> Stream {
+        let entry = live.enter("id", calls.begin());
+        let (events, receiver) = mpsc::channel(EVENT_QUEUE_LEN);
+        entry.watch(Unread::of(&events));
+        Stream { entry, events, receiver }
+    }
+
+    impl Stream {
+        fn put(&self) {
+            let event = Event::Tokens(TokensEvent::default());
+            self.events.try_send(event).expect("there is room");
+        }
+
+        /// As a connection whose peer has room does.
+        fn take_all(&mut self) {
+            self.entry.asked();
+            while self.receiver.try_recv().is_ok() {
+                self.entry.answered(false);
+                self.entry.asked();
+            }
+            self.entry.answered(true);
+        }
+
+        fn is_ended(&self) -> bool {
+            self.entry.canceller().cancelled() == Some(CancelReason::Stalled)
+        }
+    }
+
+    /// The sweep that ends the call, counted from 1.
+    fn sweeps_to_end(live: &LiveCalls, stream: &Stream) -> Option<u32> {
+        (1..=4 * SWEEPS_PER_LIMIT).find(|_| {
+            live.sweep();
+            stream.is_ended()
+        })
+    }
+
+    #[test]
+    fn who_takes_nothing_is_ended_after_the_limit_and_not_before() {
+        let (live, calls) = (Arc::new(LiveCalls::new(Duration::from_secs(1))), Calls::new());
+        let mut stream = open(&live, &calls);
+        stream.take_all();
+        stream.put();
+        // The first sweep sees that it asked since the one before.
+        assert_eq!(sweeps_to_end(&live, &stream), Some(1 + SWEEPS_PER_LIMIT));
+        assert_eq!(calls.num_in_progress(), 0, "a drain need not wait for it");
+        drop(stream);
+        assert!(live.lock().is_empty());
+    }
+
+    #[test]
+    fn who_never_asked_is_ended_too() {
+        let (live, calls) = (Arc::new(LiveCalls::new(Duration::from_secs(1))), Calls::new());
+        let stream = open(&live, &calls);
+        assert_eq!(sweeps_to_end(&live, &stream), Some(SWEEPS_PER_LIMIT), "Started is there");
+    }
+
+    #[test]
+    fn who_waits_or_takes_now_and_then_goes_on() {
+        let (live, calls) = (Arc::new(LiveCalls::new(Duration::from_secs(1))), Calls::new());
+        let mut stream = open(&live, &calls);
+        stream.take_all();
+        assert_eq!(sweeps_to_end(&live, &stream), None, "there was nothing to take");
+        for _ in 0..5 {
+            stream.put();
+            for _ in 0..SWEEPS_PER_LIMIT {
+                live.sweep();
+            }
+            stream.take_all();
+        }
+        assert!(!stream.is_ended());
+        assert_eq!(calls.num_in_progress(), 1);
+        // The engine is done with it: its end is there to take.
+        let (events, _) = mpsc::channel(1);
+        drop(std::mem::replace(&mut stream.events, events));
+        assert_eq!(sweeps_to_end(&live, &stream), Some(1 + SWEEPS_PER_LIMIT));
+    }
+
+    #[test]
+    fn ids_are_told_apart_and_shared_ones_end_together() {
+        let (live, calls) = (Arc::new(LiveCalls::new(Duration::from_secs(1))), Calls::new());
+        let same: Vec<Entry> = (0..3).map(|_| live.enter("a", calls.begin())).collect();
+        let others = ["", "a\u{0}", "a0", "b"].map(|id| live.enter(id, calls.begin()));
+        assert_eq!((live.abort("a"), live.abort("a"), live.abort("c")), (3, 0, 0));
+        assert!(same.iter().all(|entry| entry.canceller().cancelled().is_some()));
+        assert!(others.iter().all(|entry| entry.canceller().cancelled().is_none()));
+        drop((same, others));
+        assert!(live.lock().is_empty());
+        assert_eq!(calls.num_in_progress(), 0);
+    }
+}
