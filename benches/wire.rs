@@ -1,7 +1,9 @@
 //! The cost of the wire: the same load in this process and over gRPC on the loopback interface,
-//! with one connection for all streams and with one for each. Plain beside speculative, and two
-//! models: the embedded pair, whose steps are so short that every microsecond of the wire shows,
-//! and a larger verifier with random weights, whose steps take as long as real ones.
+//! with one connection for all streams and with one for each. Every stream asks for one completion
+//! after another, of lengths of its own, so that requests arrive while others run. Plain beside
+//! speculative, and two models: the embedded pair, whose steps are so short that every microsecond
+//! of the wire shows, and a larger verifier with random weights, whose steps take as long as real
+//! ones.
 //!
 //! `cargo bench -p slipstream-benches --bench wire -- --help`
 
@@ -14,7 +16,7 @@ use clap::{Parser, ValueEnum};
 use slipstream_benches::random_model::RandomModel;
 use slipstream_benches::stats::Spread;
 use slipstream_benches::{PROMPTS, label};
-use slipstream_model::clock::{Clock, MonotonicClock};
+use slipstream_model::clock::{Clock, Micros, MonotonicClock};
 use slipstream_model::ids::TokenId;
 use slipstream_model::sampling::SamplingParams;
 use slipstream_proto::v1;
@@ -44,9 +46,13 @@ struct Args {
     /// Streams at the same time
     #[arg(long, default_value_t = 16)]
     streams: usize,
-    /// Output tokens per stream [default: 192 with the micro pair, 48 with the random verifier]
+    /// Mean output tokens of a completion [default: 128 with the micro pair, 24 with the random
+    /// verifier]
     #[arg(long)]
     tokens: Option<usize>,
+    /// Completions that every stream asks for, one after another
+    #[arg(long, default_value_t = 4)]
+    completions: usize,
     /// Rounds; each runs every setting once [default: 21 with the micro pair, 5 with the random
     /// verifier]
     #[arg(long)]
@@ -106,11 +112,14 @@ impl Way {
 /// What one load brought.
 struct Figures {
     tokens_per_s: f64,
-    /// Median over the streams.
+    /// Mean over the completions, from the call to the first token in the client's hands. The
+    /// median would jump with the step in which a request happens to be admitted.
     ttft_ms: f64,
-    /// Of the stream that waited longest.
-    ttft_last_ms: f64,
+    /// Median part of it that the engine does not know of: the wire and all queues.
+    outside_ms: f64,
     tokens_per_event: f64,
+    /// Of all threads of this process: engine, server and clients.
+    cpu_us_per_token: f64,
 }
 
 /// One setting and its figures, one per round.
@@ -120,11 +129,20 @@ struct Measured {
     rounds: Vec<Figures>,
 }
 
-/// What one stream saw.
+/// What the client saw of one completion.
 struct Seen {
     ids: Vec<TokenId>,
     ttft_ms: f64,
+    /// Time to first token as the engine reports it.
+    engine_ttft_ms: f64,
     num_events: usize,
+}
+
+/// One completion to ask for.
+#[derive(Clone)]
+struct Asked {
+    prompt: Vec<TokenId>,
+    num_tokens: usize,
 }
 
 /// An engine in this process and a server with another, of the same settings.
@@ -138,8 +156,8 @@ struct Bench {
     server: LocalServer,
     shared: CompletionsClient<Channel>,
     own: Vec<CompletionsClient<Channel>>,
-    prompts: Vec<Vec<TokenId>>,
-    tokens: usize,
+    /// What each stream asks for, one after another.
+    asked: Vec<Vec<Asked>>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -147,8 +165,8 @@ fn main() -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     for &model in &args.models {
         let (tokens, rounds) = match model {
-            Model::Micro => (192, 21),
-            Model::Random => (48, 5),
+            Model::Micro => (128, 21),
+            Model::Random => (24, 5),
         };
         let tokens = args.tokens.unwrap_or(tokens);
         let rounds = args.rounds.unwrap_or(rounds);
@@ -162,27 +180,37 @@ fn main() -> anyhow::Result<()> {
             flags.model = folder.path().to_str().map(str::to_owned);
             flags.draft_model = Some("embedded".to_owned());
         }
-        let bench = Bench::start(&flags, args.streams, tokens)?;
+        let bench = Bench::start(&flags, [args.streams, args.completions, tokens])?;
         let table = bench.measure(&args.speculation, rounds)?;
         bench.stop()?;
-        writeln!(out, "\n{name}: {rounds} rounds x {} streams x {tokens} tokens", args.streams)?;
+        let (streams, completions) = (args.streams, args.completions);
+        writeln!(
+            out,
+            "\n{name}: {rounds} rounds x {streams} streams x {completions} completions of about \
+             {tokens} tokens"
+        )?;
         write_table(&mut out, &table)?;
     }
     Ok(())
 }
 
 impl Bench {
-    fn start(flags: &ModelFlags, num_streams: usize, tokens: usize) -> anyhow::Result<Self> {
+    /// `sizes`: streams, completions of each, mean tokens of a completion.
+    fn start(flags: &ModelFlags, sizes: [usize; 3]) -> anyhow::Result<Self> {
+        let [num_streams, num_completions, tokens] = sizes;
         let config = Config::new(flags, EdgeConfig::with_grace(GRACE))?;
         let clock: Arc<dyn Clock> = Arc::new(MonotonicClock::start());
         let assembly = assemble(&config, Arc::clone(&clock))?;
-        let tokenizer = assembly.tokenizer();
-        let prompts = (0..num_streams)
-            .map(|index| {
-                let text = format!("// Part {index}.\n{}", PROMPTS[index % PROMPTS.len()]);
-                tokenizer.encode(&text, true).context("tokenising a prompt")
-            })
-            .collect::<anyhow::Result<_>>()?;
+        let mut asked = vec![Vec::new(); num_streams];
+        for (stream, asked) in asked.iter_mut().enumerate() {
+            for index in 0..num_completions {
+                let text = format!("// Part {stream}.{index}\n{}", PROMPTS[stream % PROMPTS.len()]);
+                let prompt = assembly.tokenizer().encode(&text, true).context("tokenising")?;
+                // Half to one and a half times the mean, in an order without pattern.
+                let sixteenths = 8 + (7 * stream + 5 * index) % 17;
+                asked.push(Asked { prompt, num_tokens: (tokens * sixteenths / 16).max(2) });
+            }
+        }
         let (engine, thread) = runner::spawn(assembly.engine, config.requests_max())?;
         let (server_runtime, client_runtime) = (one_thread()?, one_thread()?);
         let server = server_runtime.block_on(LocalServer::start(config))?;
@@ -205,8 +233,7 @@ impl Bench {
             server,
             shared,
             own,
-            prompts,
-            tokens,
+            asked,
         })
     }
 
@@ -253,75 +280,82 @@ impl Bench {
         speculation: Speculation,
     ) -> anyhow::Result<(Figures, Vec<Vec<TokenId>>)> {
         let mut streams = JoinSet::new();
+        let cpu = cpu_us();
         let begun = Instant::now();
-        for (index, prompt) in self.prompts.iter().enumerate() {
-            let prompt = prompt.clone();
-            match way {
-                Way::InProcess => {
-                    let request = self.request(prompt, speculation);
-                    let engine = self.engine.clone();
-                    streams.spawn(async move { (index, in_process(engine, request).await) });
-                }
-                Way::OneConnection | Way::ConnectionEach => {
-                    let message = self.message(&prompt, speculation);
-                    let client = match way {
-                        Way::ConnectionEach => self.own[index].clone(),
-                        Way::InProcess | Way::OneConnection => self.shared.clone(),
-                    };
-                    streams.spawn(async move { (index, over_grpc(client, message).await) });
-                }
-            }
+        for (index, asked) in self.asked.iter().enumerate() {
+            let source = match way {
+                Way::InProcess => Source::InProcess(self.engine.clone(), Arc::clone(&self.clock)),
+                Way::OneConnection => Source::Grpc(self.shared.clone()),
+                Way::ConnectionEach => Source::Grpc(self.own[index].clone()),
+            };
+            let asked = asked.clone();
+            streams.spawn(async move { (index, source.complete_all(asked, speculation).await) });
         }
-        let mut seen: Vec<Option<Seen>> = self.prompts.iter().map(|_| None).collect();
+        let mut seen: Vec<Vec<Seen>> = self.asked.iter().map(|_| Vec::new()).collect();
         while let Some(ended) = streams.join_next().await {
             let (index, stream) = ended?;
-            seen[index] = Some(stream?);
+            seen[index] = stream?;
         }
         let elapsed_s = begun.elapsed().as_secs_f64();
+        let cpu_us = cpu_us() - cpu;
         let seen: Vec<Seen> = seen.into_iter().flatten().collect();
-        let num_tokens: usize = seen.iter().map(|stream| stream.ids.len()).sum();
-        ensure!(num_tokens == self.prompts.len() * self.tokens, "{num_tokens} tokens came");
-        let ttft_ms: Vec<f64> = seen.iter().map(|stream| stream.ttft_ms).collect();
-        let num_events: usize = seen.iter().map(|stream| stream.num_events).sum();
+        let num_tokens: usize = seen.iter().map(|each| each.ids.len()).sum();
+        let wanted: usize = self.asked.iter().flatten().map(|asked| asked.num_tokens).sum();
+        ensure!(num_tokens == wanted, "{num_tokens} tokens came instead of {wanted}");
+        let ttft_ms: f64 = seen.iter().map(|each| each.ttft_ms).sum();
+        let outside_ms = seen.iter().map(|each| each.ttft_ms - each.engine_ttft_ms);
+        let num_events: usize = seen.iter().map(|each| each.num_events).sum();
         let figures = Figures {
             tokens_per_s: num_tokens as f64 / elapsed_s,
-            ttft_ms: Spread::of(&ttft_ms).median,
-            ttft_last_ms: Spread::of(&ttft_ms).max,
+            ttft_ms: ttft_ms / seen.len() as f64,
+            outside_ms: Spread::of(&outside_ms.collect::<Vec<_>>()).median,
             tokens_per_event: num_tokens as f64 / num_events as f64,
+            cpu_us_per_token: cpu_us / num_tokens as f64,
         };
-        Ok((figures, seen.into_iter().map(|stream| stream.ids).collect()))
+        Ok((figures, seen.into_iter().map(|each| each.ids).collect()))
     }
+}
 
-    fn request(&self, prompt: Vec<TokenId>, speculation: Speculation) -> Request {
-        Request {
-            prompt,
-            output_prefix: Vec::new(),
-            params: SamplingParams { seed: 7, ..SamplingParams::greedy() },
-            stop_strings: Vec::new(),
-            max_tokens: self.tokens,
-            logprobs: false,
-            speculation,
-            arrival: self.clock.now(),
-            deadline: None,
-        }
+/// Processor time that the threads of this process have taken; NaN where the kernel does not say.
+fn cpu_us() -> f64 {
+    let Ok(tasks) = std::fs::read_dir("/proc/self/task") else { return f64::NAN };
+    let of_task = |path: std::path::PathBuf| -> Option<f64> {
+        let text = std::fs::read_to_string(path.join("schedstat")).ok()?;
+        text.split_whitespace().next()?.parse::<f64>().ok()
+    };
+    let nanoseconds: Vec<f64> = tasks.flatten().filter_map(|task| of_task(task.path())).collect();
+    if nanoseconds.is_empty() { f64::NAN } else { nanoseconds.iter().sum::<f64>() / 1000.0 }
+}
+
+fn request(asked: Asked, speculation: Speculation, arrival: Micros) -> Request {
+    Request {
+        prompt: asked.prompt,
+        output_prefix: Vec::new(),
+        params: SamplingParams { seed: 7, ..SamplingParams::greedy() },
+        stop_strings: Vec::new(),
+        max_tokens: asked.num_tokens,
+        logprobs: false,
+        speculation,
+        arrival,
+        deadline: None,
     }
+}
 
-    fn message(&self, prompt: &[TokenId], speculation: Speculation) -> v1::GenerateRequest {
-        let mode = match speculation {
-            Speculation::Off => Mode::Off,
-            Speculation::Auto => Mode::Auto,
-            Speculation::Fixed(_) => Mode::Fixed,
-        };
-        let ids = prompt.iter().map(|id| id.0).collect();
-        v1::GenerateRequest {
-            prompt: Some(Prompt::TokenIds(v1::TokenIds { ids })),
-            max_tokens: i32::try_from(self.tokens).ok(),
-            temperature: Some(0.0),
-            seed: Some(7),
-            ignore_eos: true,
-            speculation: Some(v1::Speculation { mode: mode.into(), draft_len: None }),
-            ..v1::GenerateRequest::default()
-        }
+fn message(asked: &Asked, speculation: Speculation) -> v1::GenerateRequest {
+    let mode = match speculation {
+        Speculation::Off => Mode::Off,
+        Speculation::Auto => Mode::Auto,
+        Speculation::Fixed(_) => Mode::Fixed,
+    };
+    let ids = asked.prompt.iter().map(|id| id.0).collect();
+    v1::GenerateRequest {
+        prompt: Some(Prompt::TokenIds(v1::TokenIds { ids })),
+        max_tokens: i32::try_from(asked.num_tokens).ok(),
+        temperature: Some(0.0),
+        seed: Some(7),
+        ignore_eos: true,
+        speculation: Some(v1::Speculation { mode: mode.into(), draft_len: None }),
+        ..v1::GenerateRequest::default()
     }
 }
 
@@ -330,21 +364,50 @@ fn one_thread() -> anyhow::Result<Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?)
 }
 
-async fn in_process(engine: EngineHandle, request: Request) -> anyhow::Result<Seen> {
+/// Where one stream's completions come from.
+enum Source {
+    InProcess(EngineHandle, Arc<dyn Clock>),
+    Grpc(CompletionsClient<Channel>),
+}
+
+impl Source {
+    async fn complete_all(
+        mut self,
+        asked: Vec<Asked>,
+        speculation: Speculation,
+    ) -> anyhow::Result<Vec<Seen>> {
+        let mut all = Vec::new();
+        for asked in asked {
+            all.push(match &mut self {
+                Source::InProcess(engine, clock) => {
+                    in_process(engine, request(asked, speculation, clock.now())).await?
+                }
+                Source::Grpc(client) => over_grpc(client, message(&asked, speculation)).await?,
+            });
+        }
+        Ok(all)
+    }
+}
+
+async fn in_process(engine: &EngineHandle, request: Request) -> anyhow::Result<Seen> {
     let begun = Instant::now();
     let mut stream = engine.submit(request).await?;
     let mut seen = Seen::new();
     while let Some(event) = stream.next().await {
         match event {
             Event::Tokens(tokens) => seen.add(begun, tokens.tokens.iter().map(|token| token.id)),
-            Event::Finished(_) => return Ok(seen),
+            Event::Finished(finished) => {
+                let first = finished.timings.first_token;
+                seen.engine_ttft_ms = first.context("no token came")?.as_millis_f64();
+                return Ok(seen);
+            }
         }
     }
     anyhow::bail!("the engine ended")
 }
 
 async fn over_grpc(
-    mut client: CompletionsClient<Channel>,
+    client: &mut CompletionsClient<Channel>,
     message: v1::GenerateRequest,
 ) -> anyhow::Result<Seen> {
     let begun = Instant::now();
@@ -356,7 +419,10 @@ async fn over_grpc(
             generate_event::Event::Tokens(tokens) => {
                 seen.add(begun, tokens.tokens.iter().map(|token| TokenId(token.id)));
             }
-            generate_event::Event::Finished(_) => {}
+            generate_event::Event::Finished(finished) => {
+                let timings = finished.timings.context("every end has its times")?;
+                seen.engine_ttft_ms = timings.first_token_ms.context("no token came")?;
+            }
         }
     }
     Ok(seen)
@@ -364,7 +430,7 @@ async fn over_grpc(
 
 impl Seen {
     fn new() -> Self {
-        Self { ids: Vec::new(), ttft_ms: f64::NAN, num_events: 0 }
+        Self { ids: Vec::new(), ttft_ms: f64::NAN, engine_ttft_ms: f64::NAN, num_events: 0 }
     }
 
     fn add(&mut self, begun: Instant, ids: impl Iterator<Item = TokenId>) {
@@ -381,7 +447,7 @@ impl Seen {
 fn write_table(out: &mut impl Write, table: &[Measured]) -> anyhow::Result<()> {
     writeln!(
         out,
-        "{:<7}{:<14}{:>9} {:>17}{:>9} {:>24}{:>9} {:>15}{:>24}{:>10}{:>13}",
+        "{:<8}{:<14}{:>8} {:>15} {:>8} {:>24} {:>8} {:>15} {:>24} {:>8} {:>9} {:>9}",
         "setting",
         "way",
         "tokens/s",
@@ -391,8 +457,9 @@ fn write_table(out: &mut impl Write, table: &[Measured]) -> anyhow::Result<()> {
         "TTFT ms",
         "(min-max)",
         "difference",
-        "last ms",
-        "tokens/event"
+        "outside",
+        "tok/event",
+        "us/token"
     )?;
     for measured in table {
         let find = |way: Way, speculation: Speculation| {
@@ -405,7 +472,7 @@ fn write_table(out: &mut impl Write, table: &[Measured]) -> anyhow::Result<()> {
         let gain = plain.map(|plain| speed.median / plain.spread(|f| f.tokens_per_s).median);
         writeln!(
             out,
-            "{:<7}{:<14}{:>9.0} {:>17}{:>9} {:>24}{:>9.2} {:>15}{:>24}{:>10.2}{:>13.2}",
+            "{:<8}{:<14}{:>8.0} {:>15} {:>8} {:>24} {:>8.2} {:>15} {:>24} {:>8.2} {:>9.2} {:>9.1}",
             label(measured.speculation),
             measured.way.name(),
             speed.median,
@@ -415,8 +482,9 @@ fn write_table(out: &mut impl Write, table: &[Measured]) -> anyhow::Result<()> {
             ttft.median,
             format!("({:.2}-{:.2})", ttft.min, ttft.max),
             measured.difference(inside, |figures| figures.ttft_ms),
-            measured.spread(|figures| figures.ttft_last_ms).median,
+            measured.spread(|figures| figures.outside_ms).median,
             measured.spread(|figures| figures.tokens_per_event).median,
+            measured.spread(|figures| figures.cpu_us_per_token).median,
         )?;
     }
     Ok(())

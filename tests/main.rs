@@ -23,3 +23,4 @@ mod row_invariance;
 mod simulation;
 mod tidy;
 mod tokenizer;
+mod unruly_clients;
