@@ -3,6 +3,7 @@
 
 pub mod random_model;
 pub mod stats;
+pub mod wire_table;
 
 use slipstream_server::engine::request::Speculation;
 

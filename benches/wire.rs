@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use clap::{Parser, ValueEnum};
+use slipstream_benches::PROMPTS;
 use slipstream_benches::random_model::RandomModel;
 use slipstream_benches::stats::Spread;
-use slipstream_benches::{PROMPTS, label};
+use slipstream_benches::wire_table::{Figures, Measured, WAYS, Way, write_table};
 use slipstream_model::clock::{Clock, Micros, MonotonicClock};
 use slipstream_model::ids::TokenId;
 use slipstream_model::sampling::SamplingParams;
@@ -87,46 +88,6 @@ enum Model {
 enum Mood {
     Off,
     Auto,
-}
-
-/// How a load reaches the engine.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
-    InProcess,
-    OneConnection,
-    ConnectionEach,
-}
-
-const WAYS: [Way; 3] = [Way::InProcess, Way::OneConnection, Way::ConnectionEach];
-
-impl Way {
-    fn name(self) -> &'static str {
-        match self {
-            Way::InProcess => "in-process",
-            Way::OneConnection => "gRPC, 1 conn.",
-            Way::ConnectionEach => "gRPC, 1 each",
-        }
-    }
-}
-
-/// What one load brought.
-struct Figures {
-    tokens_per_s: f64,
-    /// Mean over the completions, from the call to the first token in the client's hands. The
-    /// median would jump with the step in which a request happens to be admitted.
-    ttft_ms: f64,
-    /// Median part of it that the engine does not know of: the wire and all queues.
-    outside_ms: f64,
-    tokens_per_event: f64,
-    /// Of all threads of this process: engine, server and clients.
-    cpu_us_per_token: f64,
-}
-
-/// One setting and its figures, one per round.
-struct Measured {
-    way: Way,
-    speculation: Speculation,
-    rounds: Vec<Figures>,
 }
 
 /// What the client saw of one completion.
@@ -212,7 +173,7 @@ impl Bench {
             }
         }
         let (engine, thread) = runner::spawn(assembly.engine, config.requests_max())?;
-        let (server_runtime, client_runtime) = (one_thread()?, one_thread()?);
+        let (server_runtime, client_runtime) = (one_thread("server")?, one_thread("client")?);
         let server = server_runtime.block_on(LocalServer::start(config))?;
         let address = format!("http://{}", server.address());
         let mut clients = client_runtime.block_on(async {
@@ -360,8 +321,12 @@ fn message(asked: &Asked, speculation: Speculation) -> v1::GenerateRequest {
 }
 
 /// A runtime as `slipstream serve` has it on a small machine.
-fn one_thread() -> anyhow::Result<Runtime> {
-    Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?)
+fn one_thread(name: &str) -> anyhow::Result<Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name(name)
+        .enable_all()
+        .build()?)
 }
 
 /// Where one stream's completions come from.
@@ -439,70 +404,5 @@ impl Seen {
         }
         self.num_events += 1;
         self.ids.extend(ids);
-    }
-}
-
-/// Differences to the load in this process are taken within each round; their median and span are
-/// printed.
-fn write_table(out: &mut impl Write, table: &[Measured]) -> anyhow::Result<()> {
-    writeln!(
-        out,
-        "{:<8}{:<14}{:>8} {:>15} {:>8} {:>24} {:>8} {:>15} {:>24} {:>8} {:>9} {:>9}",
-        "setting",
-        "way",
-        "tokens/s",
-        "(min-max)",
-        "x plain",
-        "difference",
-        "TTFT ms",
-        "(min-max)",
-        "difference",
-        "outside",
-        "tok/event",
-        "us/token"
-    )?;
-    for measured in table {
-        let find = |way: Way, speculation: Speculation| {
-            table.iter().find(|other| other.way == way && other.speculation == speculation)
-        };
-        let inside = find(Way::InProcess, measured.speculation).context("every way is measured")?;
-        let plain = find(measured.way, Speculation::Off);
-        let speed = measured.spread(|figures| figures.tokens_per_s);
-        let ttft = measured.spread(|figures| figures.ttft_ms);
-        let gain = plain.map(|plain| speed.median / plain.spread(|f| f.tokens_per_s).median);
-        writeln!(
-            out,
-            "{:<8}{:<14}{:>8.0} {:>15} {:>8} {:>24} {:>8.2} {:>15} {:>24} {:>8.2} {:>9.2} {:>9.1}",
-            label(measured.speculation),
-            measured.way.name(),
-            speed.median,
-            format!("({:.0}-{:.0})", speed.min, speed.max),
-            gain.map_or_else(|| "-".to_owned(), |gain| format!("{gain:.2}")),
-            measured.difference(inside, |figures| figures.tokens_per_s),
-            ttft.median,
-            format!("({:.2}-{:.2})", ttft.min, ttft.max),
-            measured.difference(inside, |figures| figures.ttft_ms),
-            measured.spread(|figures| figures.outside_ms).median,
-            measured.spread(|figures| figures.tokens_per_event).median,
-            measured.spread(|figures| figures.cpu_us_per_token).median,
-        )?;
-    }
-    Ok(())
-}
-
-impl Measured {
-    fn spread(&self, figure: impl Fn(&Figures) -> f64) -> Spread {
-        Spread::of(&self.rounds.iter().map(figure).collect::<Vec<_>>())
-    }
-
-    /// How much larger a figure is than the one of the load in this process.
-    fn difference(&self, inside: &Self, figure: impl Fn(&Figures) -> f64) -> String {
-        if self.way == Way::InProcess {
-            return "-".to_owned();
-        }
-        let pairs = self.rounds.iter().zip(&inside.rounds);
-        let percent = pairs.map(|(wire, inside)| 100.0 * (figure(wire) / figure(inside) - 1.0));
-        let spread = Spread::of(&percent.collect::<Vec<_>>());
-        format!("{:+.1} % ({:+.1} to {:+.1})", spread.median, spread.min, spread.max)
     }
 }
