@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use clap::Parser;
 use slipstream_benches::stats::Spread;
+use slipstream_benches::{PROMPTS, label};
 use slipstream_model::clock::{Clock, MonotonicClock};
 use slipstream_model::ids::{SequenceId, TokenId};
 use slipstream_model::sampling::SamplingParams;
@@ -19,14 +20,6 @@ use slipstream_server::engine::Engine;
 use slipstream_server::engine::event::{Event, Finished};
 use slipstream_server::engine::request::{Request, Speculation};
 use slipstream_server::startup::assemble;
-
-/// Beginnings of Rust code, written for this bench.
-const PROMPTS: [&str; 4] = [
-    "/// Returns the number of bytes that the header takes.\npub fn header_len(",
-    "impl<T: Clone> Stack<T> {\n    pub fn push(&mut self, value: T) {\n",
-    "#[test]\nfn parses_an_empty_list() {\n    let ",
-    "use std::collections::HashMap;\n\npub struct Cache {\n    entries: HashMap<String, ",
-];
 
 #[derive(Parser)]
 #[command(about = "One stream: plain decoding beside draft lengths 1 to 8")]
@@ -185,11 +178,7 @@ fn write_table(
     for (setting, measured) in table {
         let proposes = measured.num_proposed > 0;
         ensure!(proposes == (*setting != Speculation::Off), "{setting:?}: the draft fell silent");
-        let label = match setting {
-            Speculation::Off => "plain".to_owned(),
-            Speculation::Fixed(draft_len) => format!("draft_len {draft_len}"),
-            Speculation::Auto => "auto".to_owned(),
-        };
+        let label = label(*setting);
         let speed = Spread::of(&measured.tokens_per_s);
         let acceptance = match measured.num_proposed {
             0 => "-".to_owned(),

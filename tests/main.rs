@@ -38,3 +38,4 @@ mod simulation;
 mod slow_readers;
 mod tidy;
 mod tokenizer;
+mod unruly_clients;

@@ -23,6 +23,12 @@ impl Calls {
         CallGuard { count: Arc::clone(&self.count) }
     }
 
+    /// Calls in progress now.
+    #[cfg(test)]
+    pub(crate) fn num_in_progress(&self) -> usize {
+        *self.count.borrow()
+    }
+
     /// Resolves when no call is in progress.
     pub(crate) async fn all_ended(&self) {
         // The error case is a dropped sender, which `self` holds.
