@@ -49,8 +49,9 @@ const NUM_WELL_BEHAVED: usize = 20;
 const NUM_AT_ONCE: usize = 64;
 /// Connections that clients share who reset a stream but not a connection.
 const NUM_SHARED: u64 = 8;
-/// How often a slow reader takes something.
-const SLOW_INTERVAL: Duration = Duration::from_millis(100);
+/// How often a slow reader takes an event. The server hears of it when half of the window is free,
+/// some five events later, which must be well within the stall limit.
+const SLOW_INTERVAL: Duration = Duration::from_millis(20);
 /// Bytes that a slow reader leaves the server to send ahead.
 const NARROW_WINDOW_BYTES: u32 = 512;
 /// Lines that the server may log, however many clients there are.
