@@ -135,9 +135,9 @@ impl Metered {
     }
 
     fn meter(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let count = self.parser.control_frames(bytes);
+        let cost = self.parser.cost(bytes);
         let Self { traffic, budget, .. } = self;
-        if count == 0 || budget.take(count, traffic.now_ms(), traffic.data_frames()) {
+        if cost == 0 || budget.take(cost, traffic.now_ms(), traffic.data_frames()) {
             return Ok(());
         }
         self.stats.let_go(CloseReason::Flood).add_one();
