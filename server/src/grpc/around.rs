@@ -151,3 +151,125 @@ fn in_our_form(mut response: Response, id: &CallId, limit: usize) -> Response {
     }
     ours
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::{Arc, Mutex};
+
+    use axum::Router;
+    use axum::body::Body;
+    use axum::extract::Request;
+    use axum::middleware::from_fn_with_state;
+    use axum::response::Response;
+    use axum::routing::post;
+    use http_body_util::BodyExt;
+    use tonic::Code;
+    use tower::ServiceExt;
+    use tracing::Level;
+
+    use super::{Surroundings, around};
+    use crate::grpc::record::CallLog;
+    use crate::grpc::status::CallError;
+
+    const LIST: &str = "/slipstream.v1.Models/List";
+    const GET: &str = "/slipstream.v1.Models/Get";
+
+    /// What was logged.
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().expect("nobody panics").extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// Two methods: one that fails inside the server and says so in the log, and one without end.
+    fn router(log: &Arc<CallLog>) -> Router {
+        let failing = || async {
+            tracing::debug!("inside the method");
+            CallError::Internal("a defect").into_status("its-id").into_http::<Body>()
+        };
+        let endless = || std::future::pending::<Response>();
+        let surroundings = Surroundings { log: Arc::clone(log), message_bytes_max: 100 };
+        Router::new()
+            .route(LIST, post(failing))
+            .route(GET, post(endless))
+            .route("/other/Method", post(endless))
+            .layer(from_fn_with_state(surroundings, around))
+    }
+
+    fn call(path: &str) -> Request {
+        let request = Request::post(path)
+            .header("content-type", "application/grpc")
+            .header("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01");
+        request.body(Body::from(vec![0; 5])).expect("a well-formed request")
+    }
+
+    /// Counts as `method code number`.
+    fn counts(log: &CallLog) -> Vec<(&'static str, Code, u64)> {
+        log.counts().iter().map(|count| (count.method, count.code, count.num_calls)).collect()
+    }
+
+    #[tokio::test]
+    async fn log_lines_of_a_call_name_its_trace() {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .json()
+            .with_max_level(Level::DEBUG)
+            .with_writer(move || writer.clone())
+            .finish();
+        let guard = tracing::subscriber::set_default(subscriber);
+        let log = Arc::new(CallLog::new());
+        let answer = router(&log).oneshot(call(LIST)).await.expect("routers answer");
+        drop(answer);
+        drop(guard);
+        let text = String::from_utf8(lines.0.lock().expect("nobody panics").clone());
+        let text = text.expect("lines are text");
+        let ours: Vec<&str> = text
+            .lines()
+            .filter(|line| line.contains("inside the method") || line.contains("call failed"))
+            .collect();
+        assert_eq!(ours.len(), 2, "{text}");
+        for line in ours {
+            assert!(line.contains("4bf92f3577b34da6a3ce929d0e0e4736"), "{line}");
+            assert!(line.contains("00f067aa0ba902b7"), "{line}");
+        }
+        let is_error = |line: &&str| line.contains("ERROR") && line.contains("its-id");
+        assert_eq!(text.lines().filter(is_error).count(), 1, "{text}");
+    }
+
+    #[tokio::test]
+    async fn every_call_is_recorded_once_under_a_known_name() {
+        let log = Arc::new(CallLog::new());
+        let router = router(&log);
+        for _ in 0..3 {
+            let answer = router.clone().oneshot(call(LIST)).await.expect("routers answer");
+            answer.into_body().collect().await.expect("its body ends");
+        }
+        for name in ["/other/Method", "/other/Method"] {
+            drop(router.clone().oneshot(call(name)).await.expect("routers answer"));
+        }
+        // Dropped before its answer, as when the client has gone.
+        tokio::select! {
+            biased;
+            _ = router.clone().oneshot(call(GET)) => panic!("it has no answer"),
+            () = std::future::ready(()) => {}
+        }
+        let expected = [
+            (LIST, Code::Internal, 3),
+            (GET, Code::Cancelled, 1),
+            ("other", Code::Unimplemented, 2),
+        ];
+        assert_eq!(counts(&log), expected);
+        let recorded: Vec<&str> = log.durations().map(|(method, _)| method).collect();
+        assert_eq!(recorded.len(), crate::grpc::methods::METHODS.len() + 1);
+    }
+}
