@@ -59,7 +59,12 @@ struct Args {
     #[arg(long)]
     rounds: Option<usize>,
     /// Models
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Model::Micro, Model::Random])]
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        default_values_t = [Model::Micro, Model::Random]
+    )]
     models: Vec<Model>,
     /// Ways to speculate
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Mood::Off, Mood::Auto])]

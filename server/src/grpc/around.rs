@@ -109,7 +109,7 @@ fn is_grpc(headers: &HeaderMap) -> bool {
         .any(|kind| essence.eq_ignore_ascii_case(kind))
 }
 
-/// gRPC calls are POST requests; served as a call, what a link can make a browser send would be one.
+/// gRPC calls are POST requests. Were others served, a mere link could make a browser send a call.
 fn not_post() -> Response {
     let text = "gRPC calls are POST requests over HTTP/2\n";
     (StatusCode::METHOD_NOT_ALLOWED, [(ALLOW, "POST")], text).into_response()
@@ -164,13 +164,13 @@ mod tests {
     use axum::response::Response;
     use axum::routing::post;
     use http_body_util::BodyExt;
-    use tonic::Code;
+    use slipstream_model::clock::MonotonicClock;
     use tower::ServiceExt;
     use tracing::Level;
 
     use super::{Surroundings, around};
-    use crate::grpc::record::CallLog;
     use crate::grpc::status::CallError;
+    use crate::metrics::calls::CallCounters;
 
     const LIST: &str = "/slipstream.v1.Models/List";
     const GET: &str = "/slipstream.v1.Models/Get";
@@ -191,13 +191,14 @@ mod tests {
     }
 
     /// Two methods: one that fails inside the server and says so in the log, and one without end.
-    fn router(log: &Arc<CallLog>) -> Router {
+    fn router(counters: &Arc<CallCounters>) -> Router {
         let failing = || async {
             tracing::debug!("inside the method");
             CallError::Internal("a defect").into_status("its-id").into_http::<Body>()
         };
         let endless = || std::future::pending::<Response>();
-        let surroundings = Surroundings { log: Arc::clone(log), message_bytes_max: 100 };
+        let counters = Arc::clone(counters);
+        let surroundings = Surroundings { counters, message_bytes_max: 100 };
         Router::new()
             .route(LIST, post(failing))
             .route(GET, post(endless))
@@ -212,9 +213,14 @@ mod tests {
         request.body(Body::from(vec![0; 5])).expect("a well-formed request")
     }
 
-    /// Counts as `method code number`.
-    fn counts(log: &CallLog) -> Vec<(&'static str, Code, u64)> {
-        log.counts().iter().map(|count| (count.method, count.code, count.num_calls)).collect()
+    fn no_calls() -> Arc<CallCounters> {
+        Arc::new(CallCounters::new(Arc::new(MonotonicClock::start())))
+    }
+
+    /// Pairs of method and code that occurred, with how often.
+    fn counts(counters: &CallCounters) -> Vec<(String, String, f64)> {
+        let all = counters.ended().into_iter().filter(|(_, count)| *count > 0.0);
+        all.map(|(labels, count)| (labels[0].clone(), labels[1].clone(), count)).collect()
     }
 
     #[tokio::test]
@@ -227,8 +233,7 @@ mod tests {
             .with_writer(move || writer.clone())
             .finish();
         let guard = tracing::subscriber::set_default(subscriber);
-        let log = Arc::new(CallLog::new());
-        let answer = router(&log).oneshot(call(LIST)).await.expect("routers answer");
+        let answer = router(&no_calls()).oneshot(call(LIST)).await.expect("routers answer");
         drop(answer);
         drop(guard);
         let text = String::from_utf8(lines.0.lock().expect("nobody panics").clone());
@@ -248,8 +253,8 @@ mod tests {
 
     #[tokio::test]
     async fn every_call_is_recorded_once_under_a_known_name() {
-        let log = Arc::new(CallLog::new());
-        let router = router(&log);
+        let counters = no_calls();
+        let router = router(&counters);
         for _ in 0..3 {
             let answer = router.clone().oneshot(call(LIST)).await.expect("routers answer");
             answer.into_body().collect().await.expect("its body ends");
@@ -263,13 +268,11 @@ mod tests {
             _ = router.clone().oneshot(call(GET)) => panic!("it has no answer"),
             () = std::future::ready(()) => {}
         }
-        let expected = [
-            (LIST, Code::Internal, 3),
-            (GET, Code::Cancelled, 1),
-            ("other", Code::Unimplemented, 2),
-        ];
-        assert_eq!(counts(&log), expected);
-        let recorded: Vec<&str> = log.durations().map(|(method, _)| method).collect();
-        assert_eq!(recorded.len(), crate::grpc::methods::METHODS.len() + 1);
+        let expected = [(LIST, "INTERNAL", 3.0), (GET, "CANCELLED", 1.0)];
+        let expected = expected.map(|(path, code, num)| (path.trim_start_matches('/'), code, num));
+        let expected = expected.into_iter().chain([("other", "UNIMPLEMENTED", 2.0)]);
+        let expected = expected.map(|(path, code, num)| (path.to_owned(), code.to_owned(), num));
+        assert_eq!(counts(&counters), expected.collect::<Vec<_>>());
+        assert!(counters.in_progress().iter().all(|(_, count)| *count == 0.0));
     }
 }
