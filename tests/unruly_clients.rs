@@ -31,8 +31,16 @@ const LONG: i32 = 1000;
 /// Places for everybody, so that every client's request is really taken.
 const PLACES: [&str; 4] = ["--max-running", "64", "--max-waiting", "20000"];
 /// Short enough to see them work; long enough for clients who behave on a busy machine.
-const LIMITS: [&str; 6] =
-    ["--stall-limit", "2s", "--keepalive-interval", "500ms", "--keepalive-timeout", "2s"];
+const LIMITS: [&str; 8] = [
+    "--stall-limit",
+    "1s",
+    "--stream-stall-timeout",
+    "3s",
+    "--keepalive-interval",
+    "500ms",
+    "--keepalive-timeout",
+    "2s",
+];
 /// Clients of the short form.
 const NUM_CLIENTS: usize = 200;
 /// Clients who behave, in between.
@@ -48,7 +56,7 @@ const NARROW_WINDOW_BYTES: u32 = 512;
 /// Lines that the server may log, however many clients there are.
 const LOG_LINES_MAX: usize = 200;
 /// Far longer than anything here takes: only a server that hangs or leaks reaches it.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What a client does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -349,12 +357,12 @@ async fn storm(server: std::net::SocketAddr, seed: u64, num: usize) -> f64 {
     while let Some(end) = timeout(PATIENCE, slow.join_next()).await.unwrap() {
         end.unwrap();
     }
-    // Silent peers are still connected and unread streams still open: the server let go of them.
+    // Silent peers still hold their connections and unread streams are still unread: the server let
+    // go of them. The stall limit freed their requests, then the connection layer reset the streams.
     let num_taken = until_balanced(server).await;
     for remain in remains {
         if let Remains::Unread(mut events) = remain {
-            let status = read(&mut events, usize::MAX).await.expect_err("cut by the stall limit");
-            assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+            read(&mut events, usize::MAX).await.expect_err("the stream was cut");
         }
     }
     let again = stream(&connect(server, None).await, well_behaved(0)).await.unwrap();
