@@ -21,6 +21,13 @@ const PER_DATA_FRAME: u64 = 3;
 /// nobody asked for.
 const PING_ANSWER_COST: u64 = 100;
 
+/// Frames of one turn. Calls take some 20 us each, so a turn is about a millisecond.
+const FRAMES_PER_TURN: u64 = 64;
+/// Frames that are shorter on average are dense: one read could hold a thousand of them.
+const DENSE_FRAME_BYTES: u64 = 128;
+/// Bytes of one read behind dense frames.
+pub(super) const DENSE_READ_BYTES: usize = 2048;
+
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const PING: u8 = 6;
@@ -46,12 +53,18 @@ enum Place {
 pub(super) struct FrameParser {
     place: Place,
     header: [u8; HEADER_LEN],
+    num_frames: u64,
 }
 
 impl FrameParser {
     /// At the beginning of a connection.
     pub(super) fn new() -> Self {
-        Self { place: Place::Preface(0), header: [0; HEADER_LEN] }
+        Self { place: Place::Preface(0), header: [0; HEADER_LEN], num_frames: 0 }
+    }
+
+    /// Frames so far, of all kinds.
+    pub(super) fn num_frames(&self) -> u64 {
+        self.num_frames
     }
 
     /// What the control frames cost whose header ends in these bytes: 1 each, with one exception.
@@ -97,6 +110,7 @@ impl FrameParser {
 
     /// Goes on behind a complete header; what the frame costs.
     fn begin_payload(&mut self) -> u64 {
+        self.num_frames += 1;
         let [high, middle, low, kind, flags, ..] = self.header;
         let len = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
         self.place = if len == 0 { Place::Header(0) } else { Place::Payload(len) };
@@ -105,6 +119,42 @@ impl FrameParser {
             PING if flags & ACK != 0 => PING_ANSWER_COST,
             _ => 1,
         }
+    }
+}
+
+/// How much of what a peer sends is worked on before others have their turn. The work that a frame
+/// causes does not depend on its length: bytes alone would let a peer with tiny frames, calls
+/// without a message for example, keep a thread to itself for seconds.
+#[derive(Debug, Default)]
+pub(super) struct Turn {
+    num_frames: u64,
+    is_dense: bool,
+}
+
+impl Turn {
+    /// Notes that so many bytes were read, with so many frames in them.
+    pub(super) fn note(&mut self, num_bytes: usize, num_frames: u64) {
+        self.num_frames += num_frames;
+        self.is_dense = num_frames.saturating_mul(DENSE_FRAME_BYTES) > num_bytes as u64;
+    }
+
+    /// Whether the next read has to be a small one.
+    pub(super) fn is_dense(&self) -> bool {
+        self.is_dense
+    }
+
+    /// Whether it is over. The next one then begins.
+    pub(super) fn is_over(&mut self) -> bool {
+        let is_over = self.num_frames >= FRAMES_PER_TURN;
+        if is_over {
+            self.num_frames = 0;
+        }
+        is_over
+    }
+
+    /// There is nothing to read: others have their turn anyway.
+    pub(super) fn end(&mut self) {
+        self.num_frames = 0;
     }
 }
 
@@ -201,6 +251,21 @@ mod tests {
         assert_eq!(parser.cost(b"NT / HTTP/1.1\r\n"), 0);
         assert_eq!(parser.cost(&four_control_frames()), 0);
         assert_eq!(parser.place, Place::NotHttp2);
+    }
+
+    #[test]
+    fn a_turn_is_a_number_of_frames_and_ends_when_there_is_nothing_to_read() {
+        let mut turn = Turn::default();
+        turn.note(16_384, 1);
+        assert!(!turn.is_dense() && !turn.is_over());
+        turn.note(20 * 30, FRAMES_PER_TURN - 1);
+        assert!(turn.is_dense());
+        assert!(turn.is_over());
+        assert!(!turn.is_over(), "another one has begun");
+        turn.note(20 * 30, FRAMES_PER_TURN - 1);
+        turn.end();
+        turn.note(9, 1);
+        assert!(!turn.is_over(), "what came before a pause does not count");
     }
 
     #[test]
