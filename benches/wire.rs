@@ -28,8 +28,8 @@ use slipstream_proto::v1::speculation::Mode;
 use slipstream_server::config::{Config, EdgeConfig, ModelFlags};
 use slipstream_server::engine::event::Event;
 use slipstream_server::engine::request::{Request, Speculation};
-use slipstream_server::engine::runner::{self, EngineThread};
-use slipstream_server::handle::EngineHandle;
+use slipstream_server::engine::runner::EngineThread;
+use slipstream_server::handle::{Canceller, EngineHandle};
 use slipstream_server::local::{LocalServer, connect};
 use slipstream_server::startup::assemble;
 use tokio::runtime::Runtime;
@@ -59,7 +59,12 @@ struct Args {
     #[arg(long)]
     rounds: Option<usize>,
     /// Models
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Model::Micro, Model::Random])]
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        default_values_t = [Model::Micro, Model::Random]
+    )]
     models: Vec<Model>,
     /// Ways to speculate
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Mood::Off, Mood::Auto])]
@@ -172,7 +177,7 @@ impl Bench {
                 asked.push(Asked { prompt, num_tokens: (tokens * sixteenths / 16).max(2) });
             }
         }
-        let (engine, thread) = runner::spawn(assembly.engine, config.requests_max())?;
+        let (engine, thread) = assembly.spawn(&clock, config.requests_max())?;
         let (server_runtime, client_runtime) = (one_thread("server")?, one_thread("client")?);
         let server = server_runtime.block_on(LocalServer::start(config))?;
         let address = format!("http://{}", server.address());
@@ -356,7 +361,7 @@ impl Source {
 
 async fn in_process(engine: &EngineHandle, request: Request) -> anyhow::Result<Seen> {
     let begun = Instant::now();
-    let mut stream = engine.submit(request).await?;
+    let mut stream = engine.submit(request, &Canceller::default()).await?;
     let mut seen = Seen::new();
     while let Some(event) = stream.next().await {
         match event {

@@ -10,6 +10,7 @@ use serde_json::Value;
 use slipstream_proto::v1;
 use slipstream_proto::v1::completions_server::{Completions, CompletionsServer};
 use slipstream_proto::v1::generate_event::Event;
+use slipstream_proto::v1::generate_request::Prompt;
 use slipstream_tests::client::block_on;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -37,6 +38,11 @@ impl Completions for Scripted {
     ) -> Result<Response<Events>, Status> {
         if request.get_ref().request_id() == "refuse-me" {
             return Err(self.end.clone().expect("there is a status to refuse with"));
+        }
+        let is_chat = matches!(&request.get_ref().prompt, Some(Prompt::Text(text))
+            if text.ends_with("Assistant:"));
+        if is_chat && request.get_ref().stop_strings != ["\nUser:"] {
+            return Err(Status::invalid_argument("answers would run into the next turn"));
         }
         let (sender, events) = tokio::sync::mpsc::channel(4);
         let started = v1::Started { seed: 9, request_id: "r-1".into(), ..v1::Started::default() };

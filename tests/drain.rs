@@ -70,7 +70,7 @@ async fn until_not_serving(url: &str) {
 
 #[test]
 fn fifty_streams_finish_and_probes_hear_that_the_server_goes() {
-    let serving = serving(&["--grace-seconds", "600"]);
+    let serving = serving(&["--grace", "600s"]);
     block_on(async {
         let client = Client::new(connect(&serving.url()).await.unwrap());
         let mut readers = read_all(open(&client, 50, 300).await);
@@ -90,7 +90,7 @@ fn fifty_streams_finish_and_probes_hear_that_the_server_goes() {
 
 #[test]
 fn what_the_grace_does_not_cover_is_no_failure_of_the_process() {
-    let serving = serving(&["--grace-seconds", "0"]);
+    let serving = serving(&["--grace", "0s"]);
     block_on(async {
         let client = Client::new(connect(&serving.url()).await.unwrap());
         let mut readers = read_all(open(&client, 24, 1000).await);
@@ -110,7 +110,7 @@ fn what_the_grace_does_not_cover_is_no_failure_of_the_process() {
 
 #[test]
 fn a_second_signal_ends_everything_at_once_with_its_status() {
-    let serving = serving(&["--grace-seconds", "600"]);
+    let serving = serving(&["--grace", "600s"]);
     block_on(async {
         let client = Client::new(connect(&serving.url()).await.unwrap());
         let mut readers = read_all(open(&client, 24, 1000).await);

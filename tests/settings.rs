@@ -196,9 +196,13 @@ fn what_is_no_file_of_settings_is_refused() {
     settings(&[], &["--config", full.name()]);
 }
 
+/// Variables and arguments that are refused, and what is said about them.
+type Wrong =
+    (&'static [(&'static str, &'static str)], &'static [&'static str], &'static [&'static str]);
+
 #[test]
 fn values_outside_their_range_name_value_and_limit() {
-    let cases: [(&[(&str, &str)], &[&str], &[&str]); 9] = [
+    let cases: [Wrong; 9] = [
         (&[], &["--grace=25h"], &["--grace: must be from 0s to 24h, got 25h", "grace in a conf"]),
         (
             &[("SLIPSTREAM_THREADS", "0")],

@@ -10,15 +10,17 @@ use crossbeam::channel::Sender;
 use slipstream_model::ids::SequenceId;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
-use crate::engine::event::{CancelReason, Event};
+use crate::engine::event::{CancelReason, Event, OutputToken};
 use crate::engine::request::{Request, SubmitError};
 
 /// Events that wait for one slow reader before the engine holds further output back. Output is
 /// never lost: it coalesces into the next event. The events of one request, queued or held back,
-/// carry each of its tokens once, so together they take at most `context_len` times 40 bytes (an
-/// output token) plus the bytes of its text, however slow the reader is: about 1 MiB for a context
-/// of 16,384 and tokens of 24 bytes.
+/// carry each of its tokens once, so together they take at most `context_len` times 32 bytes (an
+/// output token, see below) plus the bytes of its text, however slow the reader is: less than 1 MiB
+/// for a context of 16,384 and tokens of 24 bytes.
 pub const EVENT_QUEUE_LEN: usize = 32;
+
+const _: () = assert!(size_of::<OutputToken>() <= 32);
 
 /// What the network side asks of the engine thread. Every live request has room for its two
 /// commands reserved in the queue, so sending never blocks and a cancel is never lost.

@@ -27,7 +27,9 @@ use crate::embedded;
 use crate::engine::runner::{self, EngineThread};
 use crate::engine::{Engine, EngineParts};
 use crate::grpc::served::{ServedDraft, ServedModel};
-use crate::metrics::{Metrics, ServedName};
+use crate::handle::EngineHandle;
+use crate::metrics::Metrics;
+use crate::stage;
 
 /// Memory of the verifier's KV pool unless configured.
 const KV_BYTES_DEFAULT_MAX: u64 = 1 << 30;
@@ -111,6 +113,21 @@ impl Assembly {
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.served.tokenizer
     }
+
+    /// Starts the engine on a thread of its own, counted as in a server, with no network. For
+    /// benches that compare with one. `clock` and `requests_max` as it was assembled with.
+    ///
+    /// # Errors
+    /// When the operating system refuses the thread.
+    pub fn spawn(
+        self,
+        clock: &Arc<dyn Clock>,
+        requests_max: usize,
+    ) -> io::Result<(EngineHandle, EngineThread)> {
+        let (_stage, stages) = stage::channel();
+        let recorder = Metrics::new(clock, stages).engine_starts(self.served.to_name());
+        runner::spawn(self.engine, requests_max, recorder)
+    }
 }
 
 /// Loads the models and starts the engine. Takes as long as reading the files does.
@@ -123,8 +140,7 @@ pub(crate) fn start(
     metrics: &Metrics,
 ) -> Result<(Backend, EngineThread), StartupError> {
     let Assembly { engine, served } = assemble(config, Arc::clone(&clock))?;
-    let (model, fingerprint) = (served.name.clone(), served.fingerprint.clone());
-    let recorder = metrics.engine_starts(ServedName { model, fingerprint });
+    let recorder = metrics.engine_starts(served.to_name());
     let (engine, thread) = runner::spawn(engine, config.requests_max(), recorder)?;
     Ok((Backend { model: Arc::new(served), engine, clock }, thread))
 }

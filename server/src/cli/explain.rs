@@ -92,6 +92,10 @@ fn message(status: &Status) -> String {
 /// What a code means for the reader of the message that came with it.
 fn meaning(status: &Status, partial: &Completion) -> &'static str {
     let has_started = partial.started != v1::Started::default();
+    // What the client library makes of its own clock.
+    if status.message() == TimeoutExpired(()).to_string() {
+        return "the time that --timeout gives is over, and nothing came from the server";
+    }
     if !has_started && is_no_answer(status) {
         return "the connection broke before there was an answer: the server ended just then, or \
                 what listens there does not speak gRPC as it is asked to; check the port \
@@ -110,10 +114,6 @@ fn meaning(status: &Status, partial: &Completion) -> &'static str {
         }
         Code::Unavailable | Code::Unknown | Code::DataLoss => "the stream broke off",
         Code::DeadlineExceeded => "the time that --timeout gives is over",
-        // What the client library makes of its own clock.
-        Code::Cancelled if status.message() == TimeoutExpired(()).to_string() => {
-            "the time that --timeout gives is over, and nothing came from the server"
-        }
         Code::Cancelled => "somebody else cancelled the request",
         // Codes that no version of this server sends, and plain failures.
         _ => "the server could not complete this",

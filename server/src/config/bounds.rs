@@ -136,3 +136,19 @@ impl fmt::Display for Bounds {
         write!(f, "{} to {}", self.unit.written(self.least), self.unit.written(self.most))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{BOUNDS, check};
+
+    #[test]
+    fn both_ends_are_allowed_and_nothing_beyond_them() {
+        for bounds in BOUNDS {
+            let allowed = |value| check(bounds.flag, bounds.unit, value).is_ok();
+            assert!(bounds.least < bounds.most, "--{}", bounds.flag);
+            assert!(allowed(bounds.least) && allowed(bounds.most), "--{}", bounds.flag);
+            assert!(!allowed(bounds.most + 1), "--{}", bounds.flag);
+            assert!(bounds.least == 0 || !allowed(bounds.least - 1), "--{}", bounds.flag);
+        }
+    }
+}

@@ -109,7 +109,7 @@ fn is_grpc(headers: &HeaderMap) -> bool {
         .any(|kind| essence.eq_ignore_ascii_case(kind))
 }
 
-/// gRPC calls are POST requests; served as a call, what a link can make a browser send would be one.
+/// gRPC calls are POST requests. Were others served, a mere link could make a browser send a call.
 fn not_post() -> Response {
     let text = "gRPC calls are POST requests over HTTP/2\n";
     (StatusCode::METHOD_NOT_ALLOWED, [(ALLOW, "POST")], text).into_response()
@@ -150,4 +150,129 @@ fn in_our_form(mut response: Response, id: &CallId, limit: usize) -> Response {
         ours.headers_mut().insert(GRPC_ACCEPT_ENCODING, accepted.clone());
     }
     ours
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::{Arc, Mutex};
+
+    use axum::Router;
+    use axum::body::Body;
+    use axum::extract::Request;
+    use axum::middleware::from_fn_with_state;
+    use axum::response::Response;
+    use axum::routing::post;
+    use http_body_util::BodyExt;
+    use slipstream_model::clock::MonotonicClock;
+    use tower::ServiceExt;
+    use tracing::Level;
+
+    use super::{Surroundings, around};
+    use crate::grpc::status::CallError;
+    use crate::metrics::calls::CallCounters;
+
+    const LIST: &str = "/slipstream.v1.Models/List";
+    const GET: &str = "/slipstream.v1.Models/Get";
+
+    /// What was logged.
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().expect("nobody panics").extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// Two methods: one that fails inside the server and says so in the log, and one without end.
+    fn router(counters: &Arc<CallCounters>) -> Router {
+        let failing = || async {
+            tracing::debug!("inside the method");
+            CallError::Internal("a defect").into_status("its-id").into_http::<Body>()
+        };
+        let endless = || std::future::pending::<Response>();
+        let counters = Arc::clone(counters);
+        let surroundings = Surroundings { counters, message_bytes_max: 100 };
+        Router::new()
+            .route(LIST, post(failing))
+            .route(GET, post(endless))
+            .route("/other/Method", post(endless))
+            .layer(from_fn_with_state(surroundings, around))
+    }
+
+    fn call(path: &str) -> Request {
+        let request = Request::post(path)
+            .header("content-type", "application/grpc")
+            .header("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01");
+        request.body(Body::from(vec![0; 5])).expect("a well-formed request")
+    }
+
+    fn no_calls() -> Arc<CallCounters> {
+        Arc::new(CallCounters::new(Arc::new(MonotonicClock::start())))
+    }
+
+    /// Pairs of method and code that occurred, with how often.
+    fn counts(counters: &CallCounters) -> Vec<(String, String, f64)> {
+        let all = counters.ended().into_iter().filter(|(_, count)| *count > 0.0);
+        all.map(|(labels, count)| (labels[0].clone(), labels[1].clone(), count)).collect()
+    }
+
+    #[tokio::test]
+    async fn log_lines_of_a_call_name_its_trace() {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .json()
+            .with_max_level(Level::DEBUG)
+            .with_writer(move || writer.clone())
+            .finish();
+        let guard = tracing::subscriber::set_default(subscriber);
+        let answer = router(&no_calls()).oneshot(call(LIST)).await.expect("routers answer");
+        drop(answer);
+        drop(guard);
+        let text = String::from_utf8(lines.0.lock().expect("nobody panics").clone());
+        let text = text.expect("lines are text");
+        let ours: Vec<&str> = text
+            .lines()
+            .filter(|line| line.contains("inside the method") || line.contains("call failed"))
+            .collect();
+        assert_eq!(ours.len(), 2, "{text}");
+        for line in ours {
+            assert!(line.contains("4bf92f3577b34da6a3ce929d0e0e4736"), "{line}");
+            assert!(line.contains("00f067aa0ba902b7"), "{line}");
+        }
+        let is_error = |line: &&str| line.contains("ERROR") && line.contains("its-id");
+        assert_eq!(text.lines().filter(is_error).count(), 1, "{text}");
+    }
+
+    #[tokio::test]
+    async fn every_call_is_recorded_once_under_a_known_name() {
+        let counters = no_calls();
+        let router = router(&counters);
+        for _ in 0..3 {
+            let answer = router.clone().oneshot(call(LIST)).await.expect("routers answer");
+            answer.into_body().collect().await.expect("its body ends");
+        }
+        for name in ["/other/Method", "/other/Method"] {
+            drop(router.clone().oneshot(call(name)).await.expect("routers answer"));
+        }
+        // Dropped before its answer, as when the client has gone.
+        tokio::select! {
+            biased;
+            _ = router.clone().oneshot(call(GET)) => panic!("it has no answer"),
+            () = std::future::ready(()) => {}
+        }
+        let expected = [(LIST, "INTERNAL", 3.0), (GET, "CANCELLED", 1.0)];
+        let expected = expected.map(|(path, code, num)| (path.trim_start_matches('/'), code, num));
+        let expected = expected.into_iter().chain([("other", "UNIMPLEMENTED", 2.0)]);
+        let expected = expected.map(|(path, code, num)| (path.to_owned(), code.to_owned(), num));
+        assert_eq!(counts(&counters), expected.collect::<Vec<_>>());
+        assert!(counters.in_progress().iter().all(|(_, count)| *count == 0.0));
+    }
 }

@@ -139,8 +139,8 @@ pub(crate) struct LiveCall {
 #[derive(Debug, Default)]
 struct Seen {
     num_asked: u32,
-    /// Sweeps in a row that found something to take and nobody asking.
-    num_idle: u32,
+    /// Sweeps since the one that first found something to take, with nobody asking since.
+    num_idle: Option<u32>,
 }
 
 impl LiveCall {
@@ -176,10 +176,13 @@ impl LiveCall {
         let is_something_there = !self.is_waiting.load(Ordering::Relaxed) || unread.is_any();
         let num_asked = self.num_asked.load(Ordering::Relaxed);
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_idle = is_something_there && num_asked == seen.num_asked;
-        seen.num_idle = if is_idle { seen.num_idle + 1 } else { 0 };
+        seen.num_idle = match seen.num_idle {
+            _ if !is_something_there => None,
+            Some(num_idle) if num_asked == seen.num_asked => Some(num_idle + 1),
+            Some(_) | None => Some(0),
+        };
         seen.num_asked = num_asked;
-        seen.num_idle >= SWEEPS_PER_LIMIT
+        seen.num_idle.is_some_and(|num_idle| num_idle >= SWEEPS_PER_LIMIT)
     }
 }
 
@@ -267,7 +270,7 @@ mod tests {
         let mut stream = open(&live, &calls);
         stream.take_all();
         stream.put();
-        // The first sweep sees that it asked since the one before.
+        // The first sweep sees that there is something.
         assert_eq!(sweeps_to_end(&live, &stream), Some(1 + SWEEPS_PER_LIMIT));
         assert_eq!(calls.num_in_progress(), 0, "a drain need not wait for it");
         drop(stream);
@@ -278,7 +281,7 @@ mod tests {
     fn who_never_asked_is_ended_too() {
         let (live, calls) = (Arc::new(LiveCalls::new(Duration::from_secs(1))), Calls::new());
         let stream = open(&live, &calls);
-        assert_eq!(sweeps_to_end(&live, &stream), Some(SWEEPS_PER_LIMIT), "Started is there");
+        assert_eq!(sweeps_to_end(&live, &stream), Some(1 + SWEEPS_PER_LIMIT), "Started is there");
     }
 
     #[test]

@@ -3,6 +3,8 @@
 use slipstream_model::ids::{DraftEpoch, TokenId};
 use slipstream_model::tokenizer::Tokenizer;
 
+use crate::metrics::ServedName;
+
 /// The model that answers, as far as requests are concerned.
 #[derive(Debug)]
 pub(crate) struct ServedModel {
@@ -37,4 +39,11 @@ pub(crate) struct ServedDraft {
     pub(crate) name: String,
     /// Its version number.
     pub(crate) epoch: DraftEpoch,
+}
+
+impl ServedModel {
+    /// As metrics and probes name it.
+    pub(crate) fn to_name(&self) -> ServedName {
+        ServedName { model: self.name.clone(), fingerprint: self.fingerprint.clone() }
+    }
 }

@@ -68,7 +68,7 @@ impl Label for CodeLabel {
 }
 
 impl CallCounters {
-    pub(super) fn new(clock: Arc<dyn Clock>) -> Self {
+    pub(crate) fn new(clock: Arc<dyn Clock>) -> Self {
         let known = METHODS.iter().map(|method| method.path.trim_start_matches('/'));
         let names = known.chain([OTHER]);
         let methods = names.map(|name| Method {
@@ -91,7 +91,7 @@ impl CallCounters {
 
     /// Calls that have ended, by method and code. Pairs that never occurred are left out, except
     /// for OK.
-    pub(super) fn ended(&self) -> Vec<Sample> {
+    pub(crate) fn ended(&self) -> Vec<Sample> {
         let mut samples = Vec::new();
         for method in &self.methods {
             for (code, name) in CODES {
@@ -105,7 +105,7 @@ impl CallCounters {
     }
 
     /// Calls in progress, by method.
-    pub(super) fn in_progress(&self) -> Vec<Sample> {
+    pub(crate) fn in_progress(&self) -> Vec<Sample> {
         let methods = self.methods.iter();
         methods
             .map(|method| {

@@ -4,7 +4,7 @@
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::frame_meter::{ControlBudget, FrameParser};
+use super::frame_meter::{ControlBudget, DENSE_READ_BYTES, FrameParser, Turn};
 use super::lifetime::{Lifetime, Order, Seen};
 use super::request::{Answering, StreamTasks, Traffic};
 use super::settings::NetConfig;
@@ -118,12 +118,13 @@ fn builder(config: &NetConfig, traffic: &Arc<Traffic>) -> Builder<StreamTasks> {
     builder
 }
 
-/// A socket whose peer may send a bounded number of control frames.
+/// A socket whose peer may send a bounded number of control frames, and has its turn like others.
 #[derive(Debug)]
 struct Metered {
     stream: TcpStream,
     parser: FrameParser,
     budget: ControlBudget,
+    turn: Turn,
     traffic: Arc<Traffic>,
     stats: Arc<NetStats>,
 }
@@ -131,13 +132,28 @@ struct Metered {
 impl Metered {
     fn new(stream: TcpStream, traffic: Arc<Traffic>, stats: Arc<NetStats>) -> Self {
         let (parser, budget) = (FrameParser::new(), ControlBudget::new());
-        Self { stream, parser, budget, traffic, stats }
+        Self { stream, parser, budget, turn: Turn::default(), traffic, stats }
+    }
+
+    /// Reads what is there, less of it behind dense frames.
+    fn read(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let stream = Pin::new(&mut self.stream);
+        if !self.turn.is_dense() || buffer.remaining() <= DENSE_READ_BYTES {
+            return stream.poll_read(cx, buffer);
+        }
+        let mut bytes = [0; DENSE_READ_BYTES];
+        let mut few = ReadBuf::new(&mut bytes);
+        ready!(stream.poll_read(cx, &mut few))?;
+        buffer.put_slice(few.filled());
+        Poll::Ready(Ok(()))
     }
 
     fn meter(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let count = self.parser.control_frames(bytes);
+        let num_frames = self.parser.num_frames();
+        let cost = self.parser.cost(bytes);
+        self.turn.note(bytes.len(), self.parser.num_frames() - num_frames);
         let Self { traffic, budget, .. } = self;
-        if count == 0 || budget.take(count, traffic.now_ms(), traffic.data_frames()) {
+        if cost == 0 || budget.take(cost, traffic.now_ms(), traffic.data_frames()) {
             return Ok(());
         }
         self.stats.let_go(CloseReason::Flood).add_one();
@@ -152,12 +168,20 @@ impl AsyncRead for Metered {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let begin = buffer.filled().len();
-        let polled = Pin::new(&mut self.stream).poll_read(cx, buffer);
-        if matches!(polled, Poll::Ready(Ok(()))) {
-            self.meter(&buffer.filled()[begin..])?;
+        if self.turn.is_over() {
+            // What was read is worked on and answered first, and other tasks come before the rest.
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
         }
-        polled
+        let begin = buffer.filled().len();
+        match self.read(cx, buffer) {
+            Poll::Ready(Ok(())) => Poll::Ready(self.meter(&buffer.filled()[begin..])),
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            Poll::Pending => {
+                self.turn.end();
+                Poll::Pending
+            }
+        }
     }
 }
 

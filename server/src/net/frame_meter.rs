@@ -17,9 +17,23 @@ const PER_MS: u64 = 1;
 /// WINDOW_UPDATEs of stream and connection.
 const PER_DATA_FRAME: u64 = 3;
 
+/// What an answer to a PING costs. We ask twice a minute at most, and h2 logs every answer that
+/// nobody asked for.
+const PING_ANSWER_COST: u64 = 100;
+
+/// Frames of one turn. Calls take some 20 us each, so a turn is about a millisecond.
+const FRAMES_PER_TURN: u64 = 64;
+/// Frames that are shorter on average are dense: one read could hold a thousand of them.
+const DENSE_FRAME_BYTES: u64 = 128;
+/// Bytes of one read behind dense frames.
+pub(super) const DENSE_READ_BYTES: usize = 2048;
+
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
+const PING: u8 = 6;
 const CONTINUATION: u8 = 9;
+/// The flag of an answer.
+const ACK: u8 = 1;
 
 /// Where in the bytes of a peer the parser stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,20 +53,26 @@ enum Place {
 pub(super) struct FrameParser {
     place: Place,
     header: [u8; HEADER_LEN],
+    num_frames: u64,
 }
 
 impl FrameParser {
     /// At the beginning of a connection.
     pub(super) fn new() -> Self {
-        Self { place: Place::Preface(0), header: [0; HEADER_LEN] }
+        Self { place: Place::Preface(0), header: [0; HEADER_LEN], num_frames: 0 }
     }
 
-    /// Control frames whose header ends in these bytes.
-    pub(super) fn control_frames(&mut self, mut bytes: &[u8]) -> u64 {
-        let mut count = 0;
+    /// Frames so far, of all kinds.
+    pub(super) fn num_frames(&self) -> u64 {
+        self.num_frames
+    }
+
+    /// What the control frames cost whose header ends in these bytes: 1 each, with one exception.
+    pub(super) fn cost(&mut self, mut bytes: &[u8]) -> u64 {
+        let mut cost = 0;
         while !bytes.is_empty() {
             let taken = match self.place {
-                Place::NotHttp2 => return count,
+                Place::NotHttp2 => return cost,
                 Place::Preface(begun) => self.preface(begun, bytes),
                 Place::Payload(left) => {
                     let taken = left.min(bytes.len());
@@ -67,14 +87,14 @@ impl FrameParser {
                     self.header[begun..begun + taken].copy_from_slice(&bytes[..taken]);
                     self.place = Place::Header(begun + taken);
                     if begun + taken == HEADER_LEN {
-                        count += u64::from(self.begin_payload());
+                        cost += self.begin_payload();
                     }
                     taken
                 }
             };
             bytes = &bytes[taken..];
         }
-        count
+        cost
     }
 
     fn preface(&mut self, begun: usize, bytes: &[u8]) -> usize {
@@ -88,12 +108,53 @@ impl FrameParser {
         taken
     }
 
-    /// Goes on behind a complete header; whether it is a control frame's.
-    fn begin_payload(&mut self) -> bool {
-        let [high, middle, low, kind, ..] = self.header;
+    /// Goes on behind a complete header; what the frame costs.
+    fn begin_payload(&mut self) -> u64 {
+        self.num_frames += 1;
+        let [high, middle, low, kind, flags, ..] = self.header;
         let len = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
         self.place = if len == 0 { Place::Header(0) } else { Place::Payload(len) };
-        !matches!(kind, DATA | HEADERS | CONTINUATION)
+        match kind {
+            DATA | HEADERS | CONTINUATION => 0,
+            PING if flags & ACK != 0 => PING_ANSWER_COST,
+            _ => 1,
+        }
+    }
+}
+
+/// How much of what a peer sends is worked on before others have their turn. The work that a frame
+/// causes does not depend on its length: bytes alone would let a peer with tiny frames, calls
+/// without a message for example, keep a thread to itself for seconds.
+#[derive(Debug, Default)]
+pub(super) struct Turn {
+    num_frames: u64,
+    is_dense: bool,
+}
+
+impl Turn {
+    /// Notes that so many bytes were read, with so many frames in them.
+    pub(super) fn note(&mut self, num_bytes: usize, num_frames: u64) {
+        self.num_frames += num_frames;
+        self.is_dense = num_frames.saturating_mul(DENSE_FRAME_BYTES) > num_bytes as u64;
+    }
+
+    /// Whether the next read has to be a small one.
+    pub(super) fn is_dense(&self) -> bool {
+        self.is_dense
+    }
+
+    /// Whether it is over. The next one then begins.
+    pub(super) fn is_over(&mut self) -> bool {
+        let is_over = self.num_frames >= FRAMES_PER_TURN;
+        if is_over {
+            self.num_frames = 0;
+        }
+        is_over
+    }
+
+    /// There is nothing to read: others have their turn anyway.
+    pub(super) fn end(&mut self) {
+        self.num_frames = 0;
     }
 }
 
@@ -111,9 +172,9 @@ impl ControlBudget {
         Self { left: BURST, filled_at_ms: 0, data_frames_seen: 0 }
     }
 
-    /// Takes `count` out at `now_ms`, when `data_frames` have been sent so far. False when there is
+    /// Takes `cost` out at `now_ms`, when `data_frames` have been sent so far. False when there is
     /// not so much left.
-    pub(super) fn take(&mut self, count: u64, now_ms: u64, data_frames: u64) -> bool {
+    pub(super) fn take(&mut self, cost: u64, now_ms: u64, data_frames: u64) -> bool {
         let passed_ms = now_ms.saturating_sub(self.filled_at_ms);
         let sent = data_frames.saturating_sub(self.data_frames_seen);
         self.filled_at_ms = self.filled_at_ms.max(now_ms);
@@ -121,7 +182,7 @@ impl ControlBudget {
         let earned =
             passed_ms.saturating_mul(PER_MS).saturating_add(sent.saturating_mul(PER_DATA_FRAME));
         self.left = self.left.saturating_add(earned).min(BURST);
-        match self.left.checked_sub(count) {
+        match self.left.checked_sub(cost) {
             Some(left) => {
                 self.left = left;
                 true
@@ -134,8 +195,6 @@ impl ControlBudget {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const PING: u8 = 6;
 
     fn frame(kind: u8, len: usize) -> Vec<u8> {
         let mut bytes = vec![(len >> 16) as u8, (len >> 8) as u8, len as u8, kind];
@@ -166,23 +225,47 @@ mod tests {
         for split in 0..bytes.len() {
             let mut parser = FrameParser::new();
             let (begin, rest) = bytes.split_at(split);
-            let count = parser.control_frames(begin) + parser.control_frames(rest);
+            let count = parser.cost(begin) + parser.cost(rest);
             assert_eq!(count, 4, "split at {split}");
         }
         for size in 1..20 {
             let mut parser = FrameParser::new();
-            let count: u64 = bytes.chunks(size).map(|part| parser.control_frames(part)).sum();
+            let count: u64 = bytes.chunks(size).map(|part| parser.cost(part)).sum();
             assert_eq!(count, 4, "parts of {size}");
         }
     }
 
     #[test]
+    fn answers_to_pings_are_dear() {
+        let mut parser = FrameParser::new();
+        let mut answer = frame(PING, 8);
+        answer[4] = ACK;
+        let bytes = [PREFACE.to_vec(), answer, frame(PING, 8)].concat();
+        assert_eq!(parser.cost(&bytes), PING_ANSWER_COST + 1);
+    }
+
+    #[test]
     fn other_protocols_are_not_looked_at() {
         let mut parser = FrameParser::new();
-        assert_eq!(parser.control_frames(b"PRI"), 0);
-        assert_eq!(parser.control_frames(b"NT / HTTP/1.1\r\n"), 0);
-        assert_eq!(parser.control_frames(&four_control_frames()), 0);
+        assert_eq!(parser.cost(b"PRI"), 0);
+        assert_eq!(parser.cost(b"NT / HTTP/1.1\r\n"), 0);
+        assert_eq!(parser.cost(&four_control_frames()), 0);
         assert_eq!(parser.place, Place::NotHttp2);
+    }
+
+    #[test]
+    fn a_turn_is_a_number_of_frames_and_ends_when_there_is_nothing_to_read() {
+        let mut turn = Turn::default();
+        turn.note(16_384, 1);
+        assert!(!turn.is_dense() && !turn.is_over());
+        turn.note(20 * 30, FRAMES_PER_TURN - 1);
+        assert!(turn.is_dense());
+        assert!(turn.is_over());
+        assert!(!turn.is_over(), "another one has begun");
+        turn.note(20 * 30, FRAMES_PER_TURN - 1);
+        turn.end();
+        turn.note(9, 1);
+        assert!(!turn.is_over(), "what came before a pause does not count");
     }
 
     #[test]

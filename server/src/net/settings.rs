@@ -25,7 +25,8 @@ pub struct NetConfig {
     pub keepalive_interval: Duration,
     /// A connection that gives none for this long is closed, and its requests are cancelled.
     pub keepalive_timeout: Duration,
-    /// A new connection has to begin its first request within this time.
+    /// A new connection has to begin its first request within this time. HTTP/1 connections have
+    /// no more than that from one request to the next, either.
     pub first_request_timeout: Duration,
     /// A connection without a request in progress is told to go after this time.
     pub idle_timeout: Duration,
