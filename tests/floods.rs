@@ -264,7 +264,7 @@ fn is_wanted(attack: &Attack) -> bool {
 #[test]
 fn floods_cost_nobody_else_output_memory_or_the_server() {
     let (length, is_long) = length();
-    timed("floods", 8.0, || {
+    timed("floods", 12.0, || {
         let program = env!("CARGO_BIN_EXE_slipstream-under-test");
         let mut server = ChildServer::start(program, &[]);
         block_on(async {

@@ -131,7 +131,7 @@ struct Stage {
 /// What stays behind of a client: as long as it lives, the server thinks the client does.
 enum Remains {
     Nothing,
-    Unread(Streaming<v1::GenerateEvent>),
+    Unread(Box<Streaming<v1::GenerateEvent>>),
 }
 
 async fn connect(address: std::net::SocketAddr, window_bytes: Option<u32>) -> Client {
@@ -190,7 +190,8 @@ impl Stage {
             }
             Manner::NeverReads => {
                 let mut client = connect(self.server, Some(NARROW_WINDOW_BYTES)).await;
-                return Remains::Unread(client.generate(long()).await.unwrap().into_inner());
+                let events = client.generate(long()).await.unwrap().into_inner();
+                return Remains::Unread(Box::new(events));
             }
             Manner::FallsSilent => {
                 let mut client = connect(self.silencing.address(), None).await;
