@@ -40,7 +40,7 @@ fn assert_too_large(status: &Status, numbers: [usize; 2]) {
     for part in numbers.map(|number| number.to_string()) {
         assert!(status.message().contains(&part), "{status:?}");
     }
-    assert!(status.message().contains("--message-bytes-max"), "{status:?}");
+    assert!(status.message().contains("--max-message"), "{status:?}");
 }
 
 #[test]

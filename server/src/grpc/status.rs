@@ -80,7 +80,7 @@ pub(crate) enum CallError {
     #[error("the engine has ended before the completion was done: {} elsewhere", RESUME)]
     EngineGone,
     /// One message is larger than the server takes.
-    #[error("the message has {size}, the limit is {limit} bytes (--message-bytes-max)")]
+    #[error("the message has {size}, the limit is {limit} bytes (--max-message)")]
     MessageTooLarge {
         /// Its size, in words.
         size: String,
