@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::frame_meter::{ControlBudget, DENSE_READ_BYTES, FrameParser, Turn};
+use super::frame_meter::{ControlBudget, DENSE_READ_BYTES, FrameParser, Turn, UNSTARTED_MAX};
 use super::lifetime::{Lifetime, Order, Seen};
 use super::request::{Answering, StreamTasks, Traffic};
 use super::settings::NetConfig;
@@ -168,7 +168,7 @@ impl AsyncRead for Metered {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.turn.is_over() {
+        if self.turn.is_over() || self.traffic.num_unstarted() >= UNSTARTED_MAX {
             // What was read is worked on and answered first, and other tasks come before the rest.
             cx.waker().wake_by_ref();
             return Poll::Pending;

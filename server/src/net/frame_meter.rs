@@ -23,6 +23,9 @@ const PING_ANSWER_COST: u64 = 100;
 
 /// Frames of one turn. Calls take some 20 us each, so a turn is about a millisecond.
 const FRAMES_PER_TURN: u64 = 64;
+/// Requests of a connection whose work has not begun. Reading on would pile up work, and memory,
+/// faster than it is done, whatever the bound on streams: they begin anew with every connection.
+pub(super) const UNSTARTED_MAX: usize = 64;
 /// Frames that are shorter on average are dense: one read could hold a thousand of them.
 const DENSE_FRAME_BYTES: u64 = 128;
 /// Bytes of one read behind dense frames.

@@ -30,6 +30,7 @@ pub(super) struct Traffic {
     in_progress: AtomicUsize,
     idle_since_ms: AtomicU64,
     data_frames: AtomicU64,
+    unstarted: AtomicUsize,
     answers: Mutex<Vec<Weak<Answer>>>,
     /// The answer whose HTTP/2 stream hyper is about to give to the executor.
     handed_over: Mutex<Option<Arc<Answer>>>,
@@ -62,6 +63,7 @@ impl Traffic {
             in_progress: AtomicUsize::new(0),
             idle_since_ms: AtomicU64::new(0),
             data_frames: AtomicU64::new(0),
+            unstarted: AtomicUsize::new(0),
             answers: Mutex::new(Vec::new()),
             handed_over: Mutex::new(None),
         }
@@ -80,6 +82,11 @@ impl Traffic {
     /// Frames of answers so far.
     pub(super) fn data_frames(&self) -> u64 {
         self.data_frames.load(Ordering::Relaxed)
+    }
+
+    /// HTTP/2 streams whose task has not had its first turn yet.
+    pub(super) fn num_unstarted(&self) -> usize {
+        self.unstarted.load(Ordering::Relaxed)
     }
 
     /// Since when there is no request in progress, if there is none.
@@ -213,6 +220,22 @@ impl hyper::service::Service<Request<Incoming>> for Answering {
     }
 }
 
+/// A task that has not had its first turn.
+struct Unstarted(Arc<Traffic>);
+
+impl Unstarted {
+    fn new(traffic: &Arc<Traffic>) -> Self {
+        traffic.unstarted.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(traffic))
+    }
+}
+
+impl Drop for Unstarted {
+    fn drop(&mut self) {
+        self.0.unstarted.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Runs the HTTP/2 streams of one connection as tasks, so that one of them can be ended alone.
 /// hyper gives it the future of each stream right behind the call of [`Answering`].
 #[derive(Clone, Debug)]
@@ -221,7 +244,11 @@ pub(super) struct StreamTasks(pub(super) Arc<Traffic>);
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for StreamTasks {
     fn execute(&self, stream: F) {
         let answer = locked(&self.0.handed_over).take();
-        let task = tokio::spawn(stream);
+        let unstarted = Unstarted::new(&self.0);
+        let task = tokio::spawn(async move {
+            drop(unstarted);
+            stream.await;
+        });
         if let Some(answer) = answer {
             // The cell is filled here and nowhere else.
             let _ = answer.task.set(task.abort_handle());
@@ -296,6 +323,19 @@ mod tests {
         }
         assert_eq!(num_reset, 1);
         assert!(traffic.idle_since().is_some());
+    }
+
+    #[tokio::test]
+    async fn tasks_count_as_unstarted_until_their_first_turn() {
+        let traffic = Arc::new(Traffic::new(Instant::now()));
+        let tasks = StreamTasks(Arc::clone(&traffic));
+        for _ in 0..3 {
+            tasks.execute(std::future::pending::<()>());
+        }
+        assert_eq!(traffic.num_unstarted(), 3, "nothing has run yet on this one thread");
+        while traffic.num_unstarted() > 0 {
+            tokio::task::yield_now().await;
+        }
     }
 
     #[tokio::test]
