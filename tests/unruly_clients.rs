@@ -358,8 +358,9 @@ async fn storm(server: std::net::SocketAddr, seed: u64, num: usize) -> f64 {
     while let Some(end) = timeout(PATIENCE, slow.join_next()).await.unwrap() {
         end.unwrap();
     }
-    // Silent peers still hold their connections and unread streams are still unread: the server let
-    // go of them. The stall limit freed their requests, then the connection layer reset the streams.
+    // Silent peers still hold their connections and unread streams are still unread: the server
+    // let go of them. The stall limit freed their requests, then the connection layer reset the
+    // streams.
     let num_taken = until_balanced(server).await;
     for remain in remains {
         if let Remains::Unread(mut events) = remain {
