@@ -314,3 +314,25 @@ fn wrong_methods_types_and_paths_end_with_a_status() {
 fn malformed_timeouts_are_refused() {
     check_all("raw timeouts", timeouts());
 }
+
+#[test]
+fn a_message_that_never_ends_is_given_up_on_at_its_deadline() {
+    block_on(async {
+        let server = start(|_| {}).await;
+        let socket = TcpStream::connect(server.address()).await.unwrap();
+        let (client, connection) = h2::client::handshake(socket).await.unwrap();
+        let driving = tokio::spawn(connection);
+        let mut client = client.ready().await.unwrap();
+        let request = Request::post("http://localhost/slipstream.v1.Completions/Complete")
+            .header("content-type", "application/grpc")
+            .header("grpc-timeout", "200m");
+        let (answer, mut sender) = client.send_request(request.body(()).unwrap(), false).unwrap();
+        // A message of 4096 bytes, of which three come.
+        sender.send_data(Bytes::from_static(&[0, 0, 0, 16, 0, 1, 2, 3]), false).unwrap();
+        let answer = tokio::time::timeout(PATIENCE, answer).await.unwrap().unwrap();
+        let code = Code::from_bytes(answer.headers()[GRPC_STATUS].as_bytes());
+        assert_eq!(code, Code::DeadlineExceeded);
+        driving.abort();
+        server.stop().await.unwrap();
+    });
+}

@@ -4,7 +4,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use slipstream_model::clock::{Clock, MonotonicClock};
 use tokio::net::TcpListener;
@@ -26,6 +26,8 @@ use crate::startup::{self, StartupError};
 
 /// How long connections may take to close once every call has its status.
 const CLOSING_GRACE: Duration = Duration::from_secs(1);
+/// The same within the grace: answers that are on their way shall arrive on slow lines too.
+const CLOSING_GRACE_MAX: Duration = Duration::from_secs(5);
 /// How long the step in hand may take when the engine is told to stop.
 const ENGINE_GRACE: Duration = Duration::from_secs(60);
 /// The same for both, one after the other, when the server is told to end at once.
@@ -43,6 +45,9 @@ pub enum RunError {
     /// The engine thread panicked. Requests ended as UNAVAILABLE.
     #[error("the engine ended unexpectedly; its panic is on stderr")]
     EngineEnded,
+    /// The engine did not end although it was told to.
+    #[error("the engine was still inside a step {} s after it was told to end", ENGINE_GRACE.as_secs())]
+    EngineStuck,
     /// The server was told to end at once while it was draining.
     #[error("ended at once, as told: what was running was cut off")]
     Forced,
@@ -89,7 +94,8 @@ pub(crate) async fn run_reporting(
     let clock: Arc<dyn Clock> = Arc::new(MonotonicClock::start());
     let metrics = Arc::new(Metrics::new(&clock, stage.subscribe()));
     let mut edge =
-        Edge::open(listeners, &config.edge, Arc::clone(&backend), (stage, Arc::clone(&metrics)));
+        Edge::open(listeners, &config.edge, Arc::clone(&backend), (stage, Arc::clone(&metrics)))
+            .await;
     let grace = config.edge.grace;
     let mut loading = off_the_runtime("loader", move || startup::start(&config, clock, &metrics))?;
     let loaded = tokio::select! {
@@ -148,6 +154,7 @@ enum Waited {
 impl Drain {
     /// Lets running requests finish, ends the rest, and waits for the engine.
     async fn run(mut self, grace: Duration) -> Result<(), RunError> {
+        let begun = Instant::now();
         tracing::info!(running = self.engine.num_live(), grace_s = grace.as_secs(), "draining");
         self.engine.drain();
         self.edge.begin_drain();
@@ -171,14 +178,19 @@ impl Drain {
             }
         };
         let closing_grace = match waited {
-            Waited::Finished | Waited::GraceOver => CLOSING_GRACE,
+            Waited::Finished => {
+                let left = grace.saturating_sub(begun.elapsed());
+                left.clamp(CLOSING_GRACE, CLOSING_GRACE_MAX)
+            }
+            Waited::GraceOver => CLOSING_GRACE,
             Waited::Forced => FORCED_GRACE,
         };
         self.edge.close(closing_grace).await;
         match (waited, ended) {
             (Waited::Forced, _) => Err(RunError::Forced),
             (Waited::Finished | Waited::GraceOver, Ok(Ok(true))) => Ok(()),
-            (Waited::Finished | Waited::GraceOver, _) => Err(RunError::EngineEnded),
+            (Waited::Finished | Waited::GraceOver, Ok(_)) => Err(RunError::EngineEnded),
+            (Waited::Finished | Waited::GraceOver, Err(_)) => Err(RunError::EngineStuck),
         }
     }
 }
@@ -192,7 +204,7 @@ struct Edge {
 }
 
 impl Edge {
-    fn open(
+    async fn open(
         listeners: Listeners,
         config: &EdgeConfig,
         backend: Arc<OnceLock<Backend>>,
@@ -205,7 +217,8 @@ impl Edge {
             edge: config.clone(),
             stage: stage.subscribe(),
             counters: Arc::clone(&metrics.calls),
-        });
+        })
+        .await;
         let stats = Arc::clone(&metrics.net);
         let http_parts = HttpParts { metrics };
         let http = http::routes(http_parts.clone());

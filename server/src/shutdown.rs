@@ -2,7 +2,7 @@
 //! it, a server's owner in the same process is another. Knows nothing of what ends.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
@@ -10,7 +10,10 @@ use tokio::sync::watch;
 /// Exit code of a process that was told twice to end and had to be cut.
 const FORCED_EXIT: i32 = 1;
 /// How long a server that was told to end at once may take before its process is ended for it.
-const FORCED_GRACE: Duration = Duration::from_secs(2);
+const FORCED_END: Duration = Duration::from_secs(2);
+/// Signals that come this close behind the first are the same one: tools that end a process often
+/// tell it and then its whole group.
+const SAME_SIGNAL: Duration = Duration::from_millis(300);
 
 /// What a server was told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -101,12 +104,16 @@ impl Signals {
             self.next().await;
             tracing::info!("signal received: draining; a second one ends everything at once");
             stopper.drain();
+            let same_until = Instant::now() + SAME_SIGNAL;
             self.next().await;
+            while Instant::now() < same_until {
+                self.next().await;
+            }
             tracing::warn!("second signal received: ending at once");
             stopper.force();
             tokio::select! {
                 () = self.next() => {}
-                () = tokio::time::sleep(FORCED_GRACE) => {}
+                () = tokio::time::sleep(FORCED_END) => {}
             }
             std::process::exit(FORCED_EXIT);
         });

@@ -189,7 +189,10 @@ impl Chat {
                 Err(StreamError::Interrupted { partial }) => break (*partial, true),
                 Err(StreamError::Call { status, .. }) if status.code() == Code::OutOfRange => {
                     if !self.conversation.drop_oldest() {
-                        break self.last_attempt(user).await?;
+                        match self.last_attempt(user).await {
+                            Ok(last) => break last,
+                            Err(error) => return self.no_answer(error),
+                        }
                     }
                     num_dropped += 1;
                 }
@@ -208,12 +211,12 @@ impl Chat {
     }
 
     /// With no turn left to leave out, a shorter answer may still fit.
-    async fn last_attempt(&mut self, user: &str) -> anyhow::Result<(Completion, bool)> {
+    async fn last_attempt(&mut self, user: &str) -> Result<(Completion, bool), StreamError> {
         let request = self.request(user, None);
         match self.stream(request).await {
             Ok(completion) => Ok((completion, false)),
             Err(StreamError::Interrupted { partial }) => Ok((*partial, true)),
-            Err(error) => Err(error.into()),
+            Err(error) => Err(error),
         }
     }
 

@@ -34,7 +34,10 @@ pub(super) fn text(status: &Status, partial: &Completion) -> String {
         line(&mut text, &format!("reason {} ({})", info.reason, info.domain));
     }
     if let Some(id) = request_id(&details, partial) {
-        line(&mut text, &format!("request id {id}, as in the server's log"));
+        line(
+            &mut text,
+            &format!("request id {id}, as in the server's log (with --log debug there)"),
+        );
     }
     text
 }
@@ -175,7 +178,7 @@ mod tests {
             "temperature: must be 0 or more",
             "try again in 250 ms",
             "reason QUEUE_FULL (slipstream)",
-            "request id r-1, as in the server's log",
+            "request id r-1, as in the server's log (with --log debug there)",
         ];
         assert_eq!(lines, expected);
         let object = json(&status, &Completion::default());

@@ -3,6 +3,7 @@
 //! no messages.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -13,11 +14,12 @@ use http::{Method, StatusCode, Uri};
 use tonic::{Code, Status};
 use tracing::Instrument;
 
-use crate::grpc::caller::{CallId, REQUEST_ID};
+use crate::grpc::caller::{Arrived, CallId, REQUEST_ID};
 use crate::grpc::framing::{FrameLimits, FramedBody};
 use crate::grpc::methods::{self, METHODS};
 use crate::grpc::record::Recorder;
 use crate::grpc::status::CallError;
+use crate::grpc::timeout::time_allowed_by;
 use crate::grpc::trace_context::TraceContext;
 use crate::metrics::calls::CallCounters;
 
@@ -58,8 +60,10 @@ pub(crate) async fn around(
     let limits = FrameLimits {
         message_bytes_max: surroundings.message_bytes_max,
         takes_many: METHODS[index].takes_many,
+        deadline: time_allowed_by(request.headers()).map(|span| Duration::from_micros(span.0)),
     };
     request.extensions_mut().insert(id.clone());
+    request.extensions_mut().insert(Arrived(Instant::now()));
     let request = request.map(|body| Body::new(FramedBody::new(body, limits, id.0.clone())));
     let response = next.run(request).instrument(span).await;
     let response = in_our_form(response, &id, limits.message_bytes_max);

@@ -2,7 +2,7 @@
 //! take, and the form of its answer. Knows no method.
 
 use std::future::Future;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use slipstream_model::clock::Micros;
 use tonic::metadata::{MetadataMap, MetadataValue};
@@ -23,9 +23,16 @@ const DRAWN_BYTES: usize = 16;
 pub(crate) struct Caller {
     /// Names the call in logs and answers.
     pub(crate) request_id: String,
-    /// How long the server may work on it; `None` for ever.
+    /// How long ago the call arrived: what its message took to come.
+    pub(crate) age: Micros,
+    /// How long the server may work on it from now on; `None` for ever.
     pub(crate) span: Option<Micros>,
 }
+
+/// When a call arrived, before its message was there. Methods find it among the extensions of their
+/// request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Arrived(pub(crate) Instant);
 
 impl Caller {
     /// The caller of `call`, whose message names itself `named`: the message goes before metadata,
@@ -45,8 +52,14 @@ impl Caller {
             Some(Err(refusal)) => return Err((refusal.into(), id)),
             None => id,
         };
+        let arrived = call.extensions().get::<Arrived>();
+        let age = arrived.map_or(Duration::ZERO, |arrived| arrived.0.elapsed());
+        let age = Micros(u64::try_from(age.as_micros()).unwrap_or(u64::MAX));
         match time_allowed(call.metadata()) {
-            Ok(span) => Ok(Self { request_id, span }),
+            Ok(span) => {
+                let span = span.map(|span| Micros(span.0.saturating_sub(age.0)));
+                Ok(Self { request_id, age, span })
+            }
             Err(refusal) => Err((refusal.into(), request_id)),
         }
     }
@@ -94,7 +107,7 @@ fn draw_id() -> String {
 }
 
 /// Answers one call: finds out who calls, runs `work` within its time, and puts the call's id on
-/// whatever comes of it. The time counts from here.
+/// whatever comes of it. The time counts from the call's arrival.
 ///
 /// # Errors
 /// The status of the call.

@@ -2,12 +2,15 @@
 //! a length over the limit, a message that is cut off, one too many. tonic would give these other
 //! codes than the protocol file promises. Knows no messages.
 
+use std::future::Future;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
+use std::time::Duration;
 
 use axum::body::Body;
 use bytes::Bytes;
 use http_body::Frame;
+use tokio::time::{Instant, Sleep};
 
 use crate::grpc::status::CallError;
 
@@ -16,13 +19,19 @@ const PREFIX_LEN: usize = 5;
 /// The largest flag: 1 says that the message is compressed.
 const FLAG_MAX: u8 = 1;
 
+/// How long one message may take to come in full: the largest one on a slow line, and no peer that
+/// holds memory for a message that never ends.
+pub(crate) const MESSAGE_TIME_MAX: Duration = Duration::from_secs(60);
+
 /// What a body may hold.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FrameLimits {
     /// One message, in bytes.
     pub(crate) message_bytes_max: usize,
-    /// Whether there may be more than one.
+    /// Whether there may be more than one, at any time.
     pub(crate) takes_many: bool,
+    /// When the client stops waiting, if it does before [`MESSAGE_TIME_MAX`] is over.
+    pub(crate) deadline: Option<Duration>,
 }
 
 /// How far the frames of a body were read.
@@ -104,12 +113,34 @@ pub(crate) struct FramedBody {
     frames: Frames,
     request_id: String,
     is_over: bool,
+    begun: Instant,
+    /// Made when the message does not come at once.
+    late: Option<Pin<Box<Sleep>>>,
 }
 
 impl FramedBody {
     /// Checks `inner`, the body of the call that is known as `request_id`.
     pub(crate) fn new(inner: Body, limits: FrameLimits, request_id: String) -> Self {
-        Self { inner, frames: Frames::new(limits), request_id, is_over: false }
+        let (frames, begun) = (Frames::new(limits), Instant::now());
+        Self { inner, frames, request_id, is_over: false, begun, late: None }
+    }
+
+    /// Waits for the rest of the message, but not for ever.
+    fn wait(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::BoxError>>> {
+        let limits = self.frames.limits;
+        if limits.takes_many {
+            return Poll::Pending;
+        }
+        let deadline = limits.deadline.filter(|deadline| *deadline < MESSAGE_TIME_MAX);
+        let end = self.begun + deadline.unwrap_or(MESSAGE_TIME_MAX);
+        let late = self.late.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(end)));
+        match late.as_mut().poll(cx) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(()) => self.fail(match deadline {
+                Some(_) => CallError::DeadlineExceeded,
+                None => CallError::MessageLate { limit: MESSAGE_TIME_MAX },
+            }),
+        }
     }
 
     fn fail(&mut self, error: CallError) -> Poll<Option<Result<Frame<Bytes>, axum::BoxError>>> {
@@ -129,16 +160,18 @@ impl http_body::Body for FramedBody {
         if self.is_over {
             return Poll::Ready(None);
         }
-        match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
-            Some(Ok(frame)) => {
+        let polled = Pin::new(&mut self.inner).poll_frame(cx);
+        match polled {
+            Poll::Pending => self.wait(cx),
+            Poll::Ready(Some(Ok(frame))) => {
                 let checked = frame.data_ref().map_or(Ok(()), |data| self.frames.take(data));
                 match checked {
                     Ok(()) => Poll::Ready(Some(Ok(frame))),
                     Err(error) => self.fail(error),
                 }
             }
-            Some(Err(error)) => Poll::Ready(Some(Err(error.into()))),
-            None => match self.frames.end() {
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error.into()))),
+            Poll::Ready(None) => match self.frames.end() {
                 Ok(()) => Poll::Ready(None),
                 Err(error) => self.fail(error),
             },
@@ -160,7 +193,8 @@ mod tests {
     /// Reads `body` in pieces of every length.
     fn read(body: &[u8], takes_many: bool) -> Result<(), CallError> {
         let mut results = (1..=body.len().max(1)).map(|piece_len| {
-            let mut frames = Frames::new(FrameLimits { message_bytes_max: 8, takes_many });
+            let mut frames =
+                Frames::new(FrameLimits { message_bytes_max: 8, takes_many, deadline: None });
             body.chunks(piece_len).try_for_each(|piece| frames.take(piece))?;
             frames.end()
         });

@@ -10,8 +10,12 @@ use crate::grpc::methods::HEALTH_NAMES;
 use crate::stage::Stage;
 
 /// A health service that follows `stage`. Needs a running tokio runtime.
-pub(crate) fn following(stage: watch::Receiver<Stage>) -> HealthServer<HealthService> {
+pub(crate) async fn following(stage: watch::Receiver<Stage>) -> HealthServer<HealthService> {
     let health = HealthReporter::new();
+    // A new reporter says that the server serves, and knows no other name.
+    for name in HEALTH_NAMES {
+        health.set_service_status(name, ServingStatus::NotServing).await;
+    }
     tokio::spawn(follow(stage, health.clone()));
     HealthServer::new(HealthService::from_health_reporter(health))
 }

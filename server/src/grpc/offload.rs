@@ -15,18 +15,26 @@ const OFFLOADED_MAX: usize = 512;
 /// prompts must not take all cores and memory from those with small ones.
 const LARGE_TEXT_BYTES: usize = 64 * 1024;
 
+/// Large texts that wait for their turn. More would take the places of small ones.
+const LARGE_WAITING_MAX: usize = 32;
+
 /// Runs work on blocking threads, within bounds. Clones share the bounds.
 #[derive(Clone, Debug)]
 pub(crate) struct Offload {
     places: Arc<Semaphore>,
     /// One permit: see [`LARGE_TEXT_BYTES`].
     large: Arc<Semaphore>,
+    large_places: Arc<Semaphore>,
 }
 
 impl Offload {
     /// Nothing is under way yet.
     pub(crate) fn new() -> Self {
-        Self { places: Arc::new(Semaphore::new(OFFLOADED_MAX)), large: Arc::new(Semaphore::new(1)) }
+        Self {
+            places: Arc::new(Semaphore::new(OFFLOADED_MAX)),
+            large: Arc::new(Semaphore::new(1)),
+            large_places: Arc::new(Semaphore::new(LARGE_WAITING_MAX)),
+        }
     }
 
     /// Runs `work`, which looks at a text of `text_bytes`.
@@ -39,9 +47,12 @@ impl Offload {
         text_bytes: usize,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, CallError> {
-        let place = Arc::clone(&self.places)
-            .try_acquire_owned()
-            .map_err(|_| CallError::EdgeFull { limit: OFFLOADED_MAX })?;
+        let (places, limit) = match text_bytes > LARGE_TEXT_BYTES {
+            true => (&self.large_places, LARGE_WAITING_MAX),
+            false => (&self.places, OFFLOADED_MAX),
+        };
+        let place = Arc::clone(places).try_acquire_owned();
+        let place = place.map_err(|_| CallError::EdgeFull { limit })?;
         let turn = match text_bytes > LARGE_TEXT_BYTES {
             true => Arc::clone(&self.large).acquire_owned().await.ok(),
             false => None,

@@ -46,9 +46,9 @@ pub(crate) struct GrpcParts {
 /// Every service on its path. Needs a running tokio runtime for the sweeper of stalled calls, which
 /// ends with the last clone of the router, and for health, which ends with the stage. Paths that
 /// are none of these are for the caller's fallback: [`unknown_call`].
-pub(crate) fn routes(parts: GrpcParts) -> Router {
+pub(crate) async fn routes(parts: GrpcParts) -> Router {
     let GrpcParts { backend, calls, edge, stage, counters } = parts;
-    let health = health::following(stage.clone());
+    let health = health::following(stage.clone()).await;
     let live = LiveCalls::start(edge.stall_limit);
     let shared = Shared { backend, calls, live, offload: Offload::new(), stage };
     let limit = edge.message_bytes_max;

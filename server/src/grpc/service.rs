@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use slipstream_model::clock::Micros;
 use slipstream_model::token_bytes::TokenBytes;
 use slipstream_proto::v1;
 use slipstream_proto::v1::completions_server::Completions;
@@ -47,8 +48,9 @@ impl CompletionsService {
     ) -> Result<(v1::Started, Completion), CallError> {
         let backend = self.shared.backend()?;
         self.shared.check_stage()?;
-        let arrival = backend.clock.now();
-        let deadline = caller.span.map(|span| arrival.plus(span));
+        let now = backend.clock.now();
+        let arrival = Micros(now.0.saturating_sub(caller.age.0));
+        let deadline = caller.span.map(|span| now.plus(span));
         let request_id = caller.request_id;
         let entry = self.shared.live.enter(&request_id, self.shared.calls.begin());
         let admission = Admission { arrival, deadline, drawn_seed: draw_seed()? };

@@ -87,11 +87,17 @@ pub(crate) enum CallError {
         /// The bound.
         limit: usize,
     },
+    /// The message did not come in full in time.
+    #[error("the message was not there in full after {limit:?}: send it faster")]
+    MessageLate {
+        /// The bound.
+        limit: Duration,
+    },
     /// What came is not the message that the method takes.
     #[error("not a message of this method: {0}")]
     Malformed(String),
     /// There is no such method.
-    #[error("there is no method {path:?} here; there are {known}")]
+    #[error("there is no method {path:?} on this port; gRPC has {known}, on the port of --listen")]
     UnknownMethod {
         /// What was called.
         path: String,
@@ -190,6 +196,7 @@ impl CallError {
             Self::Fault(SequenceFault::Choice(_)) => plain(Code::Internal, "NO_TOKEN"),
             Self::Fault(SequenceFault::VerifierFailed) => plain(Code::Internal, "VERIFIER_FAILED"),
             Self::MessageTooLarge { .. } => plain(Code::ResourceExhausted, "MESSAGE_TOO_LARGE"),
+            Self::MessageLate { .. } => plain(Code::DeadlineExceeded, "MESSAGE_LATE"),
             Self::Malformed(_) => plain(Code::InvalidArgument, "MALFORMED_MESSAGE"),
             Self::UnknownMethod { .. } => plain(Code::Unimplemented, "UNKNOWN_METHOD"),
             Self::Internal(_) => plain(Code::Internal, "INTERNAL"),
@@ -314,6 +321,14 @@ mod tests {
                 CallError::DeadlineExceeded,
                 Code::DeadlineExceeded,
                 "DEADLINE_EXCEEDED",
+                None,
+                None,
+                None,
+            ),
+            (
+                CallError::MessageLate { limit: Duration::from_secs(9) },
+                Code::DeadlineExceeded,
+                "MESSAGE_LATE",
                 None,
                 None,
                 None,

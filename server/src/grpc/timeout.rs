@@ -1,5 +1,6 @@
 //! Owns the `grpc-timeout` header: the client's deadline as the protocol writes it. Knows no clock.
 
+use http::HeaderMap;
 use slipstream_model::clock::Micros;
 use tonic::metadata::MetadataMap;
 
@@ -18,12 +19,24 @@ const ANSWER_MARGIN: Micros = Micros(5_000);
 /// # Errors
 /// [`Refusal`] for a header that is not one to eight digits and a unit.
 pub(crate) fn time_allowed(metadata: &MetadataMap) -> Result<Option<Micros>, Refusal> {
-    let Some(value) = metadata.get(GRPC_TIMEOUT) else { return Ok(None) };
-    let timeout = value.to_str().ok().and_then(parse).ok_or_else(|| {
-        Refusal::argument(GRPC_TIMEOUT, "must be 1 to 8 digits and a unit of H, M, S, m, u or n")
-    })?;
+    match metadata.get(GRPC_TIMEOUT) {
+        None => Ok(None),
+        Some(value) => value.to_str().ok().and_then(allowed).map(Some).ok_or_else(|| {
+            let problem = "must be 1 to 8 digits and a unit of H, M, S, m, u or n";
+            Refusal::argument(GRPC_TIMEOUT, problem)
+        }),
+    }
+}
+
+/// The same of a call that has not reached its method yet; a malformed header is refused there.
+pub(crate) fn time_allowed_by(headers: &HeaderMap) -> Option<Micros> {
+    headers.get(GRPC_TIMEOUT)?.to_str().ok().and_then(allowed)
+}
+
+fn allowed(text: &str) -> Option<Micros> {
+    let timeout = parse(text)?;
     let margin = ANSWER_MARGIN.0.min(timeout.0 / 20);
-    Ok(Some(Micros(timeout.0 - margin)))
+    Some(Micros(timeout.0 - margin))
 }
 
 /// `TimeoutValue TimeoutUnit` of the gRPC-over-HTTP/2 specification. Nanoseconds round down.

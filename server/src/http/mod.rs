@@ -74,7 +74,9 @@ pub(crate) fn with_fallback(router: Router, parts: HttpParts) -> Router {
 }
 
 fn nothing_here() -> Response {
-    let text = format!("there is nothing here\n\n{INDEX}");
+    let text = format!(
+        "there is nothing here; where --http-listen is set, HTTP and gRPC have a port each\n\n{INDEX}"
+    );
     (StatusCode::NOT_FOUND, [(CONTENT_TYPE, PLAIN)], text).into_response()
 }
 

@@ -71,8 +71,7 @@ pub(super) fn per_position(r: &Reading<'_>, counts: &[u64; POSITIONS_MAX]) -> Ve
 /// Connections that are over: let go by the server for a reason, or else by their peer or an error.
 pub(super) fn connections_closed(stats: &NetStats) -> Vec<Sample> {
     let let_go = CloseReason::ALL.map(|reason| (reason.name(), stats.let_go(reason).get()));
-    let others = stats.closed.get().saturating_sub(let_go.iter().map(|(_, count)| count).sum());
-    let all = let_go.into_iter().chain([("peer", others)]);
+    let all = let_go.into_iter().chain([("peer", stats.left.get())]);
     all.map(|(name, count)| named(name, count)).collect()
 }
 

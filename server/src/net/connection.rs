@@ -35,29 +35,26 @@ pub(super) struct Shared {
     pub(super) going: watch::Receiver<bool>,
 }
 
-/// Serves one connection to its end.
-pub(super) async fn serve(stream: TcpStream, shared: Shared) {
+/// Serves one connection to its end. Says why the server let it go, if it did.
+pub(super) async fn serve(stream: TcpStream, shared: Shared) -> Option<CloseReason> {
     let Shared { config, router, stats, mut going } = shared;
-    // A connection that comes while the server drains is served: probes must see that it does.
-    going.mark_unchanged();
+    let mut let_go = None;
     let traffic = Arc::new(Traffic::new(Instant::now()));
     let mut lifetime = Lifetime::new(&config, Instant::now(), draw_jitter());
     let builder = builder(&config, &traffic);
-    let metered = Metered::new(stream, Arc::clone(&traffic), Arc::clone(&stats));
+    let metered = Metered::new(stream, Arc::clone(&traffic));
     let answering = Answering { router, traffic: Arc::clone(&traffic) };
     let mut connection = pin!(builder.serve_connection(TokioIo::new(metered), answering));
-    let let_go = |reason: CloseReason| {
-        stats.let_go(reason).add_one();
-        tracing::debug!(reason = reason.name(), "connection told to go");
-    };
     loop {
         let next_look = lifetime.next_look(Instant::now(), seen(&traffic));
         tokio::select! {
             // Its future has ended and is never polled again.
-            _ = connection.as_mut() => return,
+            _ = connection.as_mut() => {
+                return if traffic.is_flood() { Some(CloseReason::Flood) } else { let_go };
+            }
             changed = going.changed() => {
                 if changed.is_err() {
-                    return;
+                    return let_go;
                 }
                 if lifetime.end_with_the_server() {
                     connection.as_mut().graceful_shutdown();
@@ -67,16 +64,16 @@ pub(super) async fn serve(stream: TcpStream, shared: Shared) {
                 let stalled = traffic.end_stalled(config.stream_stall_timeout, traffic.now_ms());
                 (0..stalled.streams).for_each(|_| stats.streams_stalled.add_one());
                 if stalled.is_connection {
-                    let_go(CloseReason::Stall);
-                    return;
+                    return Some(CloseReason::Stall);
                 }
                 match lifetime.look(Instant::now(), seen(&traffic)) {
                     Order::Keep => {}
                     Order::TellToGo(reason) => {
-                        let_go(reason);
+                        let_go.get_or_insert(reason);
+                        tracing::debug!(reason = reason.name(), "connection told to go");
                         connection.as_mut().graceful_shutdown();
                     }
-                    Order::Cut => return,
+                    Order::Cut => return let_go,
                 }
             }
         }
@@ -126,13 +123,12 @@ struct Metered {
     budget: ControlBudget,
     turn: Turn,
     traffic: Arc<Traffic>,
-    stats: Arc<NetStats>,
 }
 
 impl Metered {
-    fn new(stream: TcpStream, traffic: Arc<Traffic>, stats: Arc<NetStats>) -> Self {
+    fn new(stream: TcpStream, traffic: Arc<Traffic>) -> Self {
         let (parser, budget) = (FrameParser::new(), ControlBudget::new());
-        Self { stream, parser, budget, turn: Turn::default(), traffic, stats }
+        Self { stream, parser, budget, turn: Turn::default(), traffic }
     }
 
     /// Reads what is there, less of it behind dense frames.
@@ -156,7 +152,7 @@ impl Metered {
         if cost == 0 || budget.take(cost, traffic.now_ms(), traffic.data_frames()) {
             return Ok(());
         }
-        self.stats.let_go(CloseReason::Flood).add_one();
+        traffic.note_flood();
         tracing::debug!(reason = CloseReason::Flood.name(), "connection closed");
         Err(io::Error::other("more control frames than anything explains"))
     }

@@ -17,9 +17,9 @@ const PER_MS: u64 = 1;
 /// WINDOW_UPDATEs of stream and connection.
 const PER_DATA_FRAME: u64 = 3;
 
-/// What an answer to a PING costs. We ask twice a minute at most, and h2 logs every answer that
+/// What an answer to a PING costs. We ask ten times a second at most, and h2 logs every answer that
 /// nobody asked for.
-const PING_ANSWER_COST: u64 = 100;
+const PING_ANSWER_COST: u64 = 20;
 
 /// Frames of one turn. Calls take some 20 us each, so a turn is about a millisecond.
 const FRAMES_PER_TURN: u64 = 64;

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::connection::{self, Shared};
 use super::settings::NetConfig;
-use super::stats::NetStats;
+use super::stats::{CloseReason, NetStats};
 
 /// How long accepting pauses when the process has no more files or memory for connections.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -104,7 +104,7 @@ fn pass_panic_on(ended: Result<(), JoinError>) {
 struct Acceptor {
     shared: Shared,
     connections_max: usize,
-    connections: JoinSet<()>,
+    connections: JoinSet<Option<CloseReason>>,
     errors: LogBudget,
     refusals: LogBudget,
 }
@@ -140,7 +140,10 @@ impl Acceptor {
         }
         stats.opened.add_one();
         prepare(&stream, &self.shared.config);
-        self.connections.spawn(connection::serve(stream, self.shared.clone()));
+        let mut shared = self.shared.clone();
+        // A connection that comes while the server drains is served: probes must see that it does.
+        shared.going.mark_unchanged();
+        self.connections.spawn(connection::serve(stream, shared));
     }
 
     /// Accepting goes on whatever happens. It pauses when there are no more files or no memory,
@@ -156,12 +159,17 @@ impl Acceptor {
         tokio::time::sleep(ACCEPT_PAUSE).await;
     }
 
-    fn note_end(&self, ended: Result<(), JoinError>) {
-        self.shared.stats.closed.add_one();
-        if let Err(error) = ended
-            && error.is_panic()
-        {
-            tracing::error!("a connection's task panicked; the panic is on stderr");
+    fn note_end(&self, ended: Result<Option<CloseReason>, JoinError>) {
+        let stats = &self.shared.stats;
+        match ended {
+            Ok(Some(reason)) => stats.let_go(reason).add_one(),
+            Ok(None) => stats.left.add_one(),
+            Err(error) => {
+                stats.left.add_one();
+                if error.is_panic() {
+                    tracing::error!("a connection's task panicked; the panic is on stderr");
+                }
+            }
         }
     }
 }

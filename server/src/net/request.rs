@@ -4,7 +4,7 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -31,6 +31,7 @@ pub(super) struct Traffic {
     idle_since_ms: AtomicU64,
     data_frames: AtomicU64,
     unstarted: AtomicUsize,
+    is_flood: AtomicBool,
     answers: Mutex<Vec<Weak<Answer>>>,
     /// The answer whose HTTP/2 stream hyper is about to give to the executor.
     handed_over: Mutex<Option<Arc<Answer>>>,
@@ -64,6 +65,7 @@ impl Traffic {
             idle_since_ms: AtomicU64::new(0),
             data_frames: AtomicU64::new(0),
             unstarted: AtomicUsize::new(0),
+            is_flood: AtomicBool::new(false),
             answers: Mutex::new(Vec::new()),
             handed_over: Mutex::new(None),
         }
@@ -84,6 +86,16 @@ impl Traffic {
         self.data_frames.load(Ordering::Relaxed)
     }
 
+    /// The peer sends more than it may: the connection is about to end for it.
+    pub(super) fn note_flood(&self) {
+        self.is_flood.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the peer sent more than it may.
+    pub(super) fn is_flood(&self) -> bool {
+        self.is_flood.load(Ordering::Relaxed)
+    }
+
     /// HTTP/2 streams whose task has not had its first turn yet.
     pub(super) fn num_unstarted(&self) -> usize {
         self.unstarted.load(Ordering::Relaxed)
@@ -91,8 +103,9 @@ impl Traffic {
 
     /// Since when there is no request in progress, if there is none.
     pub(super) fn idle_since(&self) -> Option<Instant> {
-        let since = Duration::from_millis(self.idle_since_ms.load(Ordering::Acquire));
+        // First the number: the time of the last one's end was stored before it went.
         let is_idle = self.in_progress.load(Ordering::Acquire) == 0;
+        let since = Duration::from_millis(self.idle_since_ms.load(Ordering::Acquire));
         is_idle.then(|| self.begun_at + since)
     }
 

@@ -56,15 +56,15 @@ impl CloseReason {
 pub(crate) struct NetStats {
     /// Connections that were accepted and served.
     pub(crate) opened: Count,
-    /// Those of them that have ended, for whatever reason.
-    pub(crate) closed: Count,
+    /// Those of them that their peers have ended, or an error.
+    pub(crate) left: Count,
     /// Connections that were closed as they came, because there were too many.
     pub(crate) refused: Count,
     /// Connections that could not be accepted.
     pub(crate) accept_errors: Count,
     /// HTTP/2 streams that were reset because their peer took nothing.
     pub(crate) streams_stalled: Count,
-    /// Connections that the server let go, by [`CloseReason`].
+    /// Those of them that the server let go and that have ended, by [`CloseReason`].
     let_go: [Count; CloseReason::ALL.len()],
 }
 
@@ -77,7 +77,8 @@ impl NetStats {
     /// Connections that are open now.
     pub(crate) fn num_open(&self) -> u64 {
         // Read in this order, the difference can never be negative.
-        let closed = self.closed.get();
+        let let_go: u64 = self.let_go.iter().map(Count::get).sum();
+        let closed = self.left.get() + let_go;
         self.opened.get().saturating_sub(closed)
     }
 }
