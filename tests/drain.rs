@@ -113,9 +113,13 @@ fn a_second_signal_ends_everything_at_once_with_its_status() {
     let serving = serving(&["--grace", "600s"]);
     block_on(async {
         let client = Client::new(connect(&serving.url()).await.unwrap());
-        let mut readers = read_all(open(&client, 24, 1000).await);
+        let mut readers = read_all(open(&client, 48, 1000).await);
+        // Tools tell a process and then its group: two signals at once are one.
+        serving.terminate();
         serving.terminate();
         serving.until_logged("draining");
+        // What a person does takes longer.
+        tokio::time::sleep(Duration::from_millis(100)).await;
         serving.terminate();
         let mut num_cut = 0;
         while let Some(result) = readers.join_next().await {

@@ -160,7 +160,10 @@ fn wrong_files_are_refused_with_the_line() {
         ("[server]\ngrace = '1s'", &[":1: server: there are no tables"]),
         ("a b", &[":1: this is not TOML"]),
         ("kv_blocks = 1\nkv_memory = '1MiB'", &[":1: kv_blocks: excludes --kv-memory"]),
-        ("\n\nstall_limit = '70s'", &["--stream-stall-timeout: must be longer", "(70s)", "got 1m"]),
+        (
+            "\n\nstall_limit = '70s'",
+            &["--stream-stall-timeout: must be a quarter longer", "(70s)", "got 1m"],
+        ),
         ("log = 'a=b=c'", &[":1: log: "]),
     ];
     for (text, messages) in cases {

@@ -46,7 +46,7 @@ pub enum RunError {
     #[error("the engine ended unexpectedly; its panic is on stderr")]
     EngineEnded,
     /// The engine did not end although it was told to.
-    #[error("the engine was still inside a step {} s after it was told to end", ENGINE_GRACE.as_secs())]
+    #[error("the engine was still inside a step {ENGINE_GRACE:?} after it was told to end")]
     EngineStuck,
     /// The server was told to end at once while it was draining.
     #[error("ended at once, as told: what was running was cut off")]

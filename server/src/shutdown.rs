@@ -13,7 +13,7 @@ const FORCED_EXIT: i32 = 1;
 const FORCED_END: Duration = Duration::from_secs(2);
 /// Signals that come this close behind the first are the same one: tools that end a process often
 /// tell it and then its whole group.
-const SAME_SIGNAL: Duration = Duration::from_millis(300);
+const SAME_SIGNAL: Duration = Duration::from_millis(50);
 
 /// What a server was told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -195,8 +195,8 @@ impl ServeFlags {
         // Who looks for stalled completions comes by eight times per limit.
         if net.stream_stall_timeout < edge.stall_limit + edge.stall_limit / 4 {
             let problem = format!(
-                "must be a quarter longer than --stall-limit ({}), so that a completion whose client does \
-                 not read ends with a status before its stream is reset; got {}",
+                "must be a quarter longer than --stall-limit ({}), so that a completion whose \
+                 client does not read ends with a status before its stream is reset; got {}",
                 flags.times.stall_limit, flags.times.stream_stall_timeout
             );
             return Err(ConfigError::new("stream-stall-timeout", problem));

@@ -75,7 +75,7 @@ pub(crate) fn with_fallback(router: Router, parts: HttpParts) -> Router {
 
 fn nothing_here() -> Response {
     let text = format!(
-        "there is nothing here; where --http-listen is set, HTTP and gRPC have a port each\n\n{INDEX}"
+        "there is nothing here; with --http-listen, HTTP and gRPC have a port each\n\n{INDEX}"
     );
     (StatusCode::NOT_FOUND, [(CONTENT_TYPE, PLAIN)], text).into_response()
 }
