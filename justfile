@@ -25,3 +25,15 @@ sim seeds="10000":
 # single stream, plain beside draft lengths 1 to 8
 bench:
     cargo bench -p slipstream-benches --bench single_stream
+
+# cost of the wire: the same load in-process and over gRPC
+bench-wire:
+    cargo bench -p slipstream-benches --bench wire
+
+# floods beside clients that notice, with their table; `just floods 5` seconds each
+floods seconds="1":
+    SLIPSTREAM_FLOOD_SECONDS={{seconds}} cargo test --release -p slipstream-tests floods -- --nocapture
+
+# clients that come and go as they like; `just unruly 3000`
+unruly clients="1000":
+    SLIPSTREAM_UNRULY_CLIENTS={{clients}} cargo test --release -p slipstream-tests unruly -- --nocapture

@@ -31,7 +31,7 @@ pub struct Tally {
     pub cut: AtomicU64,
     /// The last code that the server gave for it.
     code: AtomicU64,
-    /// Times that the server took nothing for [`WRITE_PATIENCE`].
+    /// Times that the server took nothing for `WRITE_PATIENCE`.
     pub stalled: AtomicU64,
 }
 
