@@ -147,7 +147,7 @@ fn the_printed_configuration_can_be_used_as_it_is() {
 
 #[test]
 fn wrong_files_are_refused_with_the_line() {
-    let cases: [(&str, &[&str]); 14] = [
+    let cases: [(&str, &[&str]); 15] = [
         ("\nmax_runing = 4", &[":2: ", "max_runing", "did you mean max_running?"]),
         ("colour = 4", &[":1: ", "there are: listen, http_listen, grace"]),
         ("max_running = \"4\"", &[":1: max_running: must be an integer", "a string \"4\""]),
@@ -165,6 +165,7 @@ fn wrong_files_are_refused_with_the_line() {
             &["--stream-stall-timeout: must be a quarter longer", "(70s)", "got 1m"],
         ),
         ("log = 'a=b=c'", &[":1: log: "]),
+        ("log = 'inof'", &[":1: log: \"inof\" is no level"]),
     ];
     for (text, messages) in cases {
         let file = file(text);

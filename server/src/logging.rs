@@ -13,18 +13,26 @@ pub(crate) const QUIET: &str = "warn,slipstream_progress=info";
 /// What the HTTP/2 library would log as often as any peer likes. A filter that names it wins.
 const NOT_FOR_PEERS_TO_FILL: &str = "h2=error";
 
-/// Reads a filter.
+/// Words that stand for themselves in a filter.
+const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
+/// Reads a filter. A word alone has to be a level: as the name of a target it would silence all else.
 ///
 /// # Errors
 /// [`ConfigError`] for one that cannot be read.
 pub(crate) fn filter(text: &str) -> Result<EnvFilter, ConfigError> {
-    EnvFilter::try_new(format!("{NOT_FOR_PEERS_TO_FILL},{text}")).map_err(|error| {
-        let problem = format!(
-            "{error}, got {text:?}: give a level such as info, or targets with levels such as \
-             slipstream_server=debug"
-        );
-        ConfigError::new("log", problem)
-    })
+    let wrong = |problem: String| {
+        let advice = "give a level such as info, or targets with levels such as \
+                      slipstream_server=debug";
+        ConfigError::new("log", format!("{problem}, got {text:?}: {advice}"))
+    };
+    let is_level = |word: &str| LEVELS.iter().any(|level| level.eq_ignore_ascii_case(word));
+    let mut words = text.split(',').map(str::trim).filter(|word| !word.is_empty());
+    if let Some(word) = words.find(|word| !word.contains(['=', '[']) && !is_level(word)) {
+        return Err(wrong(format!("{word:?} is no level")));
+    }
+    EnvFilter::try_new(format!("{NOT_FOR_PEERS_TO_FILL},{text}"))
+        .map_err(|error| wrong(error.to_string()))
 }
 
 /// Starts logging for the whole process. Later calls change nothing.

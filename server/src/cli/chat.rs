@@ -200,8 +200,9 @@ impl Chat {
             }
         };
         if num_dropped > 0 {
+            let what = if num_dropped == 1 { "turn was" } else { "turns were" };
             self.say(&format!(
-                "(the context is full: the {num_dropped} oldest turns were left out)"
+                "(the context is full: {num_dropped} more of the oldest {what} left out)"
             ))?;
         }
         self.show_end(user, &completion, (num_dropped, is_interrupted))?;

@@ -227,7 +227,13 @@ mod tests {
         all.map(|(labels, count)| (labels[0].clone(), labels[1].clone(), count)).collect()
     }
 
+    /// One after the other: a line that is first reached where nobody listens may stay unheard.
     #[tokio::test]
+    async fn calls_are_logged_with_their_trace_and_recorded_once() {
+        log_lines_of_a_call_name_its_trace().await;
+        every_call_is_recorded_once_under_a_known_name().await;
+    }
+
     async fn log_lines_of_a_call_name_its_trace() {
         let lines = Lines::default();
         let writer = lines.clone();
@@ -255,7 +261,6 @@ mod tests {
         assert_eq!(text.lines().filter(is_error).count(), 1, "{text}");
     }
 
-    #[tokio::test]
     async fn every_call_is_recorded_once_under_a_known_name() {
         let counters = no_calls();
         let router = router(&counters);

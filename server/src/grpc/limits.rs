@@ -95,6 +95,7 @@ pub(crate) const TABLE: &[Limit] = &[
     most("text", PROMPT_TEXT_BYTES_MAX, "bytes of UTF-8"),
     most("model", MODEL_NAME_BYTES_MAX, "bytes"),
     most("request_id", REQUEST_ID_BYTES_MAX, "visible ASCII characters, 1 or more"),
+    most("request_ids of Abort", ABORT_IDS_MAX, "ids, 1 or more"),
     Limit {
         name: "max_tokens",
         allowed: Allowed::Default(MAX_TOKENS_DEFAULT as f64),

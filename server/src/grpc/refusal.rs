@@ -20,6 +20,14 @@ pub(crate) enum Refusal {
         /// Value and limit.
         problem: String,
     },
+    /// The request would fit the model, but not the KV pool.
+    #[error("{field}: {problem}")]
+    Pool {
+        /// The field as the protocol names it.
+        field: String,
+        /// Value and limit.
+        problem: String,
+    },
     /// Another model is served.
     #[error("model: {wanted:?} is not served here, {served:?} is; leave the field empty to use it")]
     UnknownModel {

@@ -163,6 +163,9 @@ impl CallError {
             Self::Refused(Refusal::Range { field: name, problem }) => {
                 field(Code::OutOfRange, "OVER_CONTEXT", name, problem.clone())
             }
+            Self::Refused(Refusal::Pool { field: name, problem }) => {
+                field(Code::OutOfRange, "OVER_KV_POOL", name, problem.clone())
+            }
             Self::Refused(Refusal::UnknownModel { wanted, .. }) => {
                 Meaning { detail: Detail::Model(wanted), ..plain(Code::NotFound, "UNKNOWN_MODEL") }
             }
@@ -253,6 +256,7 @@ mod tests {
 
     fn refusals() -> Vec<Case> {
         let unknown = Refusal::UnknownModel { wanted: "a".into(), served: "b".into() };
+        let pool = Refusal::Pool { field: "max_tokens".into(), problem: "much".into() };
         let over_context = SubmitError::OverContext { wanted: 9, context_len: 8 };
         let never_fits = SubmitError::NeverFits { wanted: 9, capacity: 8 };
         vec![
@@ -272,6 +276,7 @@ mod tests {
                 Some("prompt"),
                 None,
             ),
+            (pool.into(), Code::OutOfRange, "OVER_KV_POOL", None, Some("max_tokens"), None),
             (unknown.into(), Code::NotFound, "UNKNOWN_MODEL", None, None, None),
             (
                 SubmitError::Invalid("x").into(),

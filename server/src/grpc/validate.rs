@@ -331,13 +331,19 @@ fn fit_context(
     model: &ServedModel,
 ) -> Result<usize, Refusal> {
     let context_len = model.context_len;
+    let is_pool = context_len < model.model_context_len;
+    let what = if is_pool { "KV pool" } else { "context" };
+    let refusal = |field: &str, problem| match is_pool {
+        true => Refusal::Pool { field: field.to_owned(), problem },
+        false => Refusal::range(field, problem),
+    };
     let room = context_len.saturating_sub(prompt_len);
     if room == 0 {
         let problem = format!(
-            "the prompt has {prompt_len} tokens, the context of {context_len} has to hold it and \
+            "the prompt has {prompt_len} tokens, the {what} of {context_len} has to hold it and \
              one more"
         );
-        return Err(Refusal::range("prompt", problem));
+        return Err(refusal("prompt", problem));
     }
     let model_room = model.model_context_len - prompt_len;
     let max_tokens = wanted.unwrap_or(limits::MAX_TOKENS_DEFAULT.min(model_room));
@@ -345,9 +351,9 @@ fn fit_context(
         let default = if wanted.is_none() { " (the default)" } else { "" };
         let problem = format!(
             "{max_tokens}{default} tokens after a prompt of {prompt_len} do not fit the \
-             {context_len} positions of context or KV pool; at most {room} do"
+             {context_len} positions of the {what}; at most {room} do"
         );
-        return Err(Refusal::range("max_tokens", problem));
+        return Err(refusal("max_tokens", problem));
     }
     Ok(max_tokens)
 }

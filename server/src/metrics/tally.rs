@@ -24,7 +24,7 @@ pub(crate) struct Count(AtomicU64);
 
 impl Count {
     /// Counts one more.
-    pub(crate) fn add(&self) {
+    pub(crate) fn add_one(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -47,7 +47,7 @@ impl<const N: usize> Default for Tally<N> {
 impl<const N: usize> Tally<N> {
     /// Counts one more with this label.
     pub(crate) fn add(&self, label: impl Label) {
-        self.0[label.index()].add();
+        self.0[label.index()].add_one();
     }
 
     /// The count of one place.

@@ -1,23 +1,7 @@
 //! Owns the counts of what happens to connections, for the metrics. Knows no names or units of
 //! theirs.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
-/// A count that only grows.
-#[derive(Debug, Default)]
-pub(crate) struct Count(AtomicU64);
-
-impl Count {
-    /// One more.
-    pub(crate) fn add_one(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// How many so far.
-    pub(crate) fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
+use crate::metrics::tally::Count;
 
 /// Why the server let a connection go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
