@@ -16,7 +16,8 @@ const NOT_FOR_PEERS_TO_FILL: &str = "h2=error";
 /// Words that stand for themselves in a filter.
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 
-/// Reads a filter. A word alone has to be a level: as the name of a target it would silence all else.
+/// Reads a filter. A word alone has to be a level: as the name of a target it would silence all
+/// else.
 ///
 /// # Errors
 /// [`ConfigError`] for one that cannot be read.
