@@ -2,8 +2,9 @@
 //! for the sweeper, which ends those whose clients take nothing. Knows no messages.
 //!
 //! A client takes nothing when there is something to take and nobody asks for it. The connection
-//! asks for more of a stream only while its peer's window has room, so being asked is the sign of
-//! life. Events cost two atomic stores for this and no timer: the sweeper compares counts.
+//! asks for one more event than its peer's window has room for, and for the next one only when that
+//! has gone, so being asked is the sign of life. Events cost two atomic stores for this and no
+//! timer: the sweeper compares counts.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};

@@ -167,8 +167,8 @@ impl Completion {
     }
 }
 
-/// The events of one call. Polled only when the connection can send, so that a slow reader holds
-/// back nothing but its own queue.
+/// The events of one call. Polled only when the event before has gone into the peer's window, so
+/// that a slow reader holds back nothing but its own queue.
 pub(crate) struct EventStream {
     started: Option<v1::Started>,
     completion: Option<Completion>,
