@@ -17,7 +17,8 @@ from gguf import GGMLQuantizationType as Quant
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from slipstream_training.export_gguf import Card, LlamaShape, dequantised_weights, write_gguf
+from slipstream_training.export_gguf import Card, dequantised_weights, write_gguf
+from slipstream_training.shape import LlamaShape
 from slipstream_training.tokenizer import END_OF_TEXT_ID, train_tokenizer
 
 TOKENS = 40
@@ -161,9 +162,10 @@ def check_v4_config(folder: Path, model: LlamaForCausalLM, ids: torch.Tensor) ->
 def write_gguf_twins(folder: Path, model: LlamaForCausalLM, ids: torch.Tensor) -> None:
     """Writes tokenizer.json, model-f32.gguf, model-q8_0.gguf and the golden of the latter."""
     config = model.config
-    tokenizer = train_tokenizer(TOKENIZER_TEXT, config.vocab_size)
+    tokenizer = train_tokenizer(TOKENIZER_TEXT, config.vocab_size, "gpt-2")
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=False))
-    shape = LlamaShape(**{name: getattr(config, name) for name in LlamaShape.__annotations__ if name != "rope_theta"})
+    names = set(LlamaShape.__annotations__) - {"rope_theta", "tied"}
+    shape = LlamaShape(**{name: getattr(config, name) for name in names}, tied=config.tie_word_embeddings)
     weights = {name: tensor.numpy() for name, tensor in stored_weights(model).items()}
     for kind, stem in [(Quant.F32, "model-f32"), (Quant.Q8_0, "model-q8_0")]:
         card = Card(name=f"slipstream fixture {folder.name} {kind.name}", license="MIT OR Apache-2.0")

@@ -1,8 +1,11 @@
 """How often a draft's proposal equals the verifier's token when both share one noise.
 
-Owns the closed form and its gradient. `p` is the verifier's distribution, `q` the draft's, both
-`[..., V]` and already shaped by the temperature.
+Owns the closed form, its short form for training, and what follows from an acceptance: tokens per step
+and speed-up. `p` is the verifier's distribution, `q` the draft's, both `[..., V]` and already shaped by
+the temperature.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +27,70 @@ def coupled_acceptance(p: Tensor, q: Tensor) -> Tensor:
     return (1.0 / (p.cumsum(-1) / p + after / q)).sum(-1)
 
 
+def coarse_acceptance(p: Tensor, q: Tensor, kept: int = 32) -> Tensor:
+    """`coupled_acceptance` over the verifier's `kept` likeliest tokens and one entry for all the others.
+
+    Sorting whole vocabularies costs more than the networks; here nearly all of the sum is in the first
+    few tokens. Bounds the exact sum over those tokens from above, since merging tokens `j` can only lower
+    `sum_j max(..)`. The entry of all the others counts as never accepted.
+    """
+    top = p.topk(kept, dim=-1)
+    near, far = q.gather(-1, top.indices), 1.0 - q.gather(-1, top.indices).sum(-1, keepdim=True)
+    p = torch.cat((top.values, 1.0 - top.values.sum(-1, keepdim=True)), -1).clamp_min(TINY)
+    q = torch.cat((near, far), -1).clamp_min(TINY)
+    larger = torch.maximum(p[..., None, :] / p[..., :-1, None], q[..., None, :] / q[..., :-1, None])
+    return (1.0 / larger.sum(-1)).sum(-1)
+
+
 def overlap(p: Tensor, q: Tensor) -> Tensor:
     """`1 - d`: the acceptance `[...]` of rejection sampling, the most that any coupling can reach."""
     return torch.minimum(p, q).sum(-1)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a verifier's steps at one draft_len yield: tokens per step, and acceptance by position.
+
+    `by_position[i]` is the share accepted of the proposals at position `i` that all of the earlier ones let through.
+    """
+
+    tokens_per_step: float
+    by_position: list[float]
+
+
+def walk_steps(agrees: Tensor, draft_len: int) -> Steps:
+    """Replays steps of `draft_len` proposals over texts; `agrees [B, T]` says where draft and verifier agree."""
+    steps = tokens = 0
+    reached, accepted = [0] * draft_len, [0] * draft_len
+    for row in agrees.tolist():
+        start = 0
+        while start + draft_len + 1 <= len(row):
+            run = row[start : start + draft_len]
+            kept = run.index(False) if False in run else draft_len
+            for position in range(min(kept + 1, draft_len)):
+                reached[position] += 1
+                accepted[position] += position < kept
+            start += kept + 1
+            tokens += kept + 1
+            steps += 1
+    shares = [hit / max(1, seen) for hit, seen in zip(accepted, reached, strict=True)]
+    return Steps(tokens / max(1, steps), shares)
+
+
+def expected_tokens(chances: Tensor, draft_len: int) -> float:
+    """Mean tokens per step when position `t` of `chances [B, T]` is accepted with that chance, from every start.
+
+    `1 + sum_j prod_{i <= j} chance_{t+i}` (arXiv 2211.17192, eq. 1, with a chance per position).
+    """
+    windows = chances.unfold(1, draft_len, 1)
+    return 1.0 + windows.cumprod(-1).sum(-1).mean().item()
+
+
+def speed_up(acceptance: float, draft_len: int, cost_ratio: float, verify_ratio: float) -> float:
+    """Expected gain over one token per verifier step (arXiv 2211.17192, theorem 3.8, with a price for verifying).
+
+    `cost_ratio` is the time of one draft step, `verify_ratio` that of verifying draft_len + 1 rows, both
+    over the time of a plain verifier step.
+    """
+    tokens = sum(acceptance**position for position in range(draft_len + 1))
+    return tokens / (verify_ratio + draft_len * cost_ratio)

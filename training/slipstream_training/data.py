@@ -19,6 +19,12 @@ def encode_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
     return np.concatenate(pieces)
 
 
+def decode_stream(tokenizer: Tokenizer, stream: np.ndarray) -> list[str]:
+    """The texts that `encode_stream` made the stream of."""
+    ends = np.flatnonzero(stream == END_OF_TEXT_ID)
+    return [tokenizer.decode(part[part != END_OF_TEXT_ID].tolist()) for part in np.split(stream, ends + 1) if len(part)]
+
+
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     """UTF-8 bytes that each id stands for; the end-of-text token stands for none."""
     lengths = [len(tokenizer.id_to_token(token)) for token in range(tokenizer.get_vocab_size())]
@@ -29,11 +35,19 @@ def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
 class Windows:
     """Random windows `[batch, length]` of a token stream, drawn from a seeded generator."""
 
-    def __init__(self, stream: np.ndarray, seed: int):
-        self.stream = torch.from_numpy(stream.astype(np.int32))
+    def __init__(self, stream: np.ndarray, seed: int, device: str = "cpu"):
+        self.stream = torch.from_numpy(stream.astype(np.int32)).to(device)
         self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self, batch: int, length: int) -> Tensor:
-        """Ids `[batch, length]` as int64."""
+        """Ids `[batch, length]` as int64, on the stream's device."""
         starts = torch.randint(0, len(self.stream) - length, (batch, 1), generator=self.generator)
-        return self.stream[starts + torch.arange(length)].long()
+        return self.stream[(starts + torch.arange(length)).to(self.stream.device)].long()
+
+    def state_dict(self) -> dict:
+        """Where the generator is."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on from a state of `state_dict`."""
+        self.generator.set_state(state["generator"])

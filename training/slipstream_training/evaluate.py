@@ -1,4 +1,4 @@
-"""Measures a pair on unseen text: bits per byte, and acceptance on text sampled from the verifier."""
+"""Measures a pair on unseen text: bits per byte, next-token accuracy, and acceptance on the verifier's own text."""
 
 import math
 
@@ -7,27 +7,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .acceptance import coupled_acceptance, overlap
+from .acceptance import coupled_acceptance, expected_tokens, overlap, walk_steps
 from .data import Windows
 from .network import Llama
 from .sampling import continue_prompts, gumbel
 
+TEMPERATURES = (0.0, 0.8, 1.0)
+PROMPTS = 96
+PROMPT_TOKENS = 128
+NEW_TOKENS = 128
+DRAFT_LENS = (1, 2, 3, 4, 6, 8)
+
 
 @torch.no_grad()
-def bits_per_byte(model: Llama, stream: np.ndarray, byte_lengths: np.ndarray, tokens: int) -> float:
-    """Bits per UTF-8 byte on windows spread evenly over `stream`, each of the model's full context.
+def prediction(model: Llama, stream: np.ndarray, byte_lengths: np.ndarray, context: int) -> dict[str, float]:
+    """Bits per UTF-8 byte and next-token accuracy over all of `stream`, each token scored once.
 
-    A window's first token is given, not scored; the end-of-text token costs bits and gives no bytes.
+    Windows of `context` tokens advance by three quarters of that, and only the tokens not yet scored count,
+    so that each has at least a quarter of a context before it, as it would in use. The first token is given.
+    The end-of-text token costs bits and gives no bytes.
     """
-    length = model.shape.max_position_embeddings
-    starts = np.linspace(0, len(stream) - length - 1, tokens // length).astype(int)
-    nats, count = 0.0, 0
-    for start in starts:
-        ids = torch.from_numpy(stream[start : start + length].astype(np.int64))
-        logits, _ = model(ids[None, :-1])
-        nats += F.cross_entropy(logits[0], ids[1:], reduction="sum").item()
-        count += int(byte_lengths[ids[1:].numpy()].sum())
-    return nats / math.log(2.0) / count
+    device = next(model.parameters()).device
+    nats, right, scored = 0.0, 0, 1
+    for start in range(0, len(stream), 3 * context // 4):
+        ids = torch.from_numpy(stream[start : start + context].astype(np.int64)).to(device)
+        wanted = ids[scored - start :]
+        logits = model(ids[None])[0][0, scored - start - 1 : -1].float()
+        nats += F.cross_entropy(logits, wanted, reduction="sum").item()
+        right += (logits.argmax(-1) == wanted).sum().item()
+        scored += len(wanted)
+        if scored >= len(stream):
+            break
+    size = int(byte_lengths[stream[1:]].sum())
+    return {"bits_per_byte": nats / math.log(2.0) / size, "accuracy": right / (len(stream) - 1)}
 
 
 @torch.no_grad()
@@ -36,63 +48,46 @@ def argmax_agreement(verifier: Llama, draft: Llama, windows: Tensor) -> float:
     return (verifier(windows)[0].argmax(-1) == draft(windows)[0].argmax(-1)).float().mean().item()
 
 
-def tokens_per_step(agrees: Tensor, draft_len: int) -> float:
-    """Mean tokens per verifier step when `draft_len` tokens are proposed; `agrees [B, T]` per position."""
-    steps = tokens = 0
-    for row in agrees.tolist():
-        position = 0
-        while position + draft_len + 1 <= len(row):
-            run = row[position : position + draft_len]
-            kept = run.index(False) if False in run else draft_len
-            position += kept + 1
-            tokens += kept + 1
-            steps += 1
-    return tokens / steps
-
-
 @torch.no_grad()
-def acceptance(verifier: Llama, draft: Llama, prompts: Tensor, temperature: float, new: int) -> dict[str, float]:
+def acceptance(verifier: Llama, draft: Llama, prompts: Tensor, vocabulary: int, temperature: float) -> dict:
     """Acceptance of the draft's proposals on the verifier's own continuations of `prompts`.
 
     `match` counts equal choices under one shared noise; `coupled` is its closed form, `rejection`
     what rejection sampling would accept. At temperature 0 all three are the share of equal argmax.
+    `tokens_per_step` and `by_position` come from replaying steps over the texts (`by_position` at the
+    longest draft_len), `rejection_tokens_per_step` from the chances at each position.
     """
-    generator = torch.Generator().manual_seed(21)
-    noise = gumbel((len(prompts), new, verifier.shape.vocab_size), generator)
+    generator = torch.Generator(prompts.device).manual_seed(21)
+    greedy = temperature == 0.0
+    noise = gumbel((len(prompts), NEW_TOKENS, 0 if greedy else vocabulary), generator)
     text = continue_prompts(verifier, prompts, noise, temperature)
-    rows = slice(prompts.shape[1] - 1, -1)
-    target, proposed = verifier(text)[0][:, rows], draft(text)[0][:, rows]
-    chosen = text[:, prompts.shape[1] :]
-    if temperature == 0:
-        agrees = proposed.argmax(-1) == chosen
-        share = agrees.float().mean().item()
-        return {"match": share, "coupled": share, "rejection": share, "tokens_per_step_4": tokens_per_step(agrees, 4)}
-    agrees = (proposed / temperature + noise).argmax(-1) == chosen
-    p, q = (target / temperature).softmax(-1), (proposed / temperature).softmax(-1)
-    betas = {beta: coupled_acceptance(p, (beta * proposed / temperature).softmax(-1)).mean().item()
-             for beta in (0.7, 0.85, 1.2, 1.5, 2.0)}
-    best = max(betas, key=betas.__getitem__)
+    agrees, coupled, kept = [], [], []
+    for part, part_noise in zip(text.split(16), noise.split(16), strict=True):
+        rows = slice(prompts.shape[1] - 1, -1)
+        target, proposed = verifier(part)[0][:, rows].float(), draft(part)[0][:, rows].float()
+        chosen = part[:, prompts.shape[1] :]
+        if greedy:
+            agrees.append(proposed.argmax(-1) == chosen)
+            continue
+        agrees.append((proposed / temperature + part_noise).argmax(-1) == chosen)
+        p, q = (target / temperature).softmax(-1), (proposed / temperature).softmax(-1)
+        coupled.append(coupled_acceptance(p, q))
+        kept.append(overlap(p, q))
+    agree = torch.cat(agrees)
+    chances = agree.float() if greedy else torch.cat(kept)
     return {
-        "match": agrees.float().mean().item(),
-        "coupled": coupled_acceptance(p, q).mean().item(),
-        "rejection": overlap(p, q).mean().item(),
-        "best_other_beta": best,
-        "coupled_at_that_beta": betas[best],
-        "tokens_per_step_4": tokens_per_step(agrees, 4),
+        "match": agree.float().mean().item(),
+        "coupled": (agree.float() if greedy else torch.cat(coupled)).mean().item(),
+        "rejection": chances.mean().item(),
+        "by_position": walk_steps(agree, DRAFT_LENS[-1]).by_position,
+        "tokens_per_step": {str(draft_len): walk_steps(agree, draft_len).tokens_per_step for draft_len in DRAFT_LENS},
+        "rejection_tokens_per_step_4": expected_tokens(chances, 4),
     }
 
 
-def evaluate_pair(verifier: Llama, draft: Llama, stream: np.ndarray, byte_lengths: np.ndarray) -> dict:
-    """All figures of the model card, on unseen text."""
-    prompts = Windows(stream, seed=20).draw(96, 128)
+def acceptances(verifier: Llama, draft: Llama, stream: np.ndarray, vocabulary: int, device: str = "cpu") -> dict:
+    """`acceptance` at every temperature on `PROMPTS` prompts drawn from one split's `stream`."""
+    drawn = Windows(stream, 20, device).draw(PROMPTS, PROMPT_TOKENS)
     return {
-        "bits_per_byte": {
-            "verifier": bits_per_byte(verifier, stream, byte_lengths, 200_000),
-            "draft": bits_per_byte(draft, stream, byte_lengths, 200_000),
-        },
-        "argmax_agreement_on_real_text": argmax_agreement(verifier, draft, Windows(stream, seed=22).draw(64, 512)),
-        "acceptance": {
-            f"T {temperature}": acceptance(verifier, draft, prompts, temperature, new=128)
-            for temperature in (0.0, 0.8, 1.0)
-        },
+        f"T {temperature}": acceptance(verifier, draft, drawn, vocabulary, temperature) for temperature in TEMPERATURES
     }

@@ -11,6 +11,9 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Quant
 
+from . import quant4
+from .shape import LlamaShape
+
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -29,20 +32,7 @@ GLOBAL_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class LlamaShape:
-    """The numbers that define a Llama network; field names follow Hugging Face's config.json."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+HEAD_TENSORS = ("token_embd.weight", "output.weight")
 
 
 @dataclass(frozen=True)
@@ -82,9 +72,26 @@ def unpermute_rows(weight: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
+FILE_TYPES = {
+    Quant.F32: gguf.LlamaFileType.ALL_F32,
+    Quant.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+    Quant.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
+}
+
+
 def quantised_type(name: str, weight: np.ndarray, matrices: Quant) -> Quant:
-    """Vectors (the norms) stay F32; every matrix is stored as `matrices`."""
-    return matrices if weight.ndim == 2 else Quant.F32
+    """Vectors (the norms) stay F32; every matrix is stored as `matrices`.
+
+    The embedding, which is the output head as well, is never stored below Q8_0: its error reaches every logit.
+    """
+    if weight.ndim != 2:
+        return Quant.F32
+    return Quant.Q8_0 if matrices == Quant.Q4_0 and gguf_name(name) in HEAD_TENSORS else matrices
+
+
+def packed(weight: np.ndarray, kind: Quant) -> np.ndarray:
+    """The bytes of a tensor stored as `kind`."""
+    return quant4.quantise(weight) if kind == Quant.Q4_0 else gguf.quants.quantize(weight, kind)
 
 
 def dequantised_weights(weights: dict[str, np.ndarray], matrices: Quant) -> dict[str, np.ndarray]:
@@ -92,13 +99,12 @@ def dequantised_weights(weights: dict[str, np.ndarray], matrices: Quant) -> dict
     result = {}
     for name, weight in weights.items():
         kind = quantised_type(name, weight, matrices)
-        packed = gguf.quants.quantize(weight, kind)
-        result[name] = gguf.quants.dequantize(packed, kind).reshape(weight.shape)
+        result[name] = gguf.quants.dequantize(packed(weight, kind), kind).reshape(weight.shape)
     return result
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, tokenizer_json: dict, end_of_text: str) -> None:
-    """Embeds a byte-level BPE tokenizer (GPT-2 splitting) given as a parsed tokenizer.json."""
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer_json: dict, rules: str, end_of_text: str) -> None:
+    """Embeds a byte-level BPE tokenizer given as a parsed tokenizer.json; `rules` names how it splits text."""
     vocabulary = tokenizer_json["model"]["vocab"]
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
     if [vocabulary[token] for token in tokens] != list(range(len(tokens))):
@@ -108,7 +114,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer_json: dict, end_of_text: st
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer_json["model"]["merges"]]
     end_id = vocabulary[end_of_text]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(rules)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges(merges)
@@ -148,14 +154,15 @@ def write_gguf(
     *,
     card: Card,
     matrices: Quant,
+    rules: str = "gpt-2",
     end_of_text: str = "<|endoftext|>",
 ) -> None:
     """Writes `weights` (Hugging Face names, float32) to `path`; tied heads simply have no `lm_head.weight`."""
     writer = gguf.GGUFWriter(path, "llama")
     add_metadata(writer, shape, card)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if matrices == Quant.Q8_0 else gguf.LlamaFileType.ALL_F32)
+    writer.add_file_type(FILE_TYPES[matrices])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_tokenizer(writer, tokenizer_json, end_of_text)
+    add_tokenizer(writer, tokenizer_json, rules, end_of_text)
     heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}
     for name in sorted(weights):
         weight = np.ascontiguousarray(weights[name], dtype=np.float32)
@@ -163,7 +170,7 @@ def write_gguf(
         projection = name.split(".")[-2]
         if projection in heads:
             weight = permute_rows(weight, heads[projection])
-        writer.add_tensor(gguf_name(name), gguf.quants.quantize(weight, kind), raw_dtype=kind)
+        writer.add_tensor(gguf_name(name), packed(weight, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

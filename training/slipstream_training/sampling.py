@@ -8,7 +8,7 @@ from .network import Llama
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Standard Gumbel noise; 64-bit uniforms, since 24 bits would cut the tail off."""
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64).clamp_min(1e-300)
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device).clamp_min(1e-300)
     return -(-uniform.log()).log().float()
 
 

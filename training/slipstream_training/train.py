@@ -1,31 +1,33 @@
-"""Trains the verifier on the token stream for a given wall-clock time.
+"""Trains a verifier on the token stream for a given wall-clock time.
 
-Owns the optimiser and the learning-rate schedule, which the draft's distillation uses too. Time, not
-steps, drives the schedule: a busy machine sees fewer tokens, but always finishes its decay.
+Owns the optimiser and the learning-rate schedule, which the draft's distillation uses too.
 """
 
-import time
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import Windows
+from .loop import Budget, Run
 from .network import Llama
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to learn. `stages` are (share of the time, window length)."""
+    """How fast to learn. `stages` are (share of the time, window length); a step sees `batch_tokens` tokens."""
 
-    seconds: float
     matrix_lr: float
     vector_lr: float
     batch_tokens: int
     stages: tuple[tuple[float, int], ...]
     warmup: float = 0.01
     decay_from: float = 0.4
+    compiled: bool = True
 
     def length_at(self, progress: float) -> int:
         """Window length at `progress` in 0..1."""
@@ -50,7 +52,7 @@ class Optimiser:
     def __init__(self, model: nn.Module, recipe: Recipe):
         matrices, others = [], []
         for name, weight in model.named_parameters():
-            (matrices if weight.ndim == 2 and "embed" not in name else others).append(weight)
+            (matrices if weight.ndim == 2 and "layers" in name else others).append(weight)
         self.recipe = recipe
         self.weights = matrices + others
         self.parts = [
@@ -68,48 +70,40 @@ class Optimiser:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
+    def state_dict(self) -> dict:
+        """The state of both parts."""
+        return {str(number): optimiser.state_dict() for number, (optimiser, _) in enumerate(self.parts)}
 
-class Progress:
-    """Elapsed share of a time budget, and a printed line every so often."""
+    def load_state_dict(self, state: dict) -> None:
+        """Takes over a state of `state_dict`."""
+        for number, (optimiser, _) in enumerate(self.parts):
+            optimiser.load_state_dict(state[str(number)])
 
-    def __init__(self, label: str, seconds: float):
-        self.label, self.seconds = label, seconds
-        self.start = self.printed = time.monotonic()
-        self.tokens = self.steps = 0
-        self.smooth: float | None = None
 
-    def share(self) -> float:
-        """0 at the start, 1 when the time is used up."""
-        return (time.monotonic() - self.start) / self.seconds
-
-    def note(self, loss: float, tokens: int) -> None:
-        """Counts one step and prints every fifteen seconds."""
-        self.tokens += tokens
-        self.steps += 1
-        self.smooth = loss if self.smooth is None else 0.95 * self.smooth + 0.05 * loss
-        now = time.monotonic()
-        if now - self.printed > 15:
-            self.printed = now
-            rate = self.tokens / (now - self.start)
-            print(f"  {self.label} {now - self.start:5.0f} s  step {self.steps:5d}  {self.tokens / 1e6:6.2f} M tokens "
-                  f"({rate:,.0f}/s)  loss {self.smooth:.4f}", flush=True)
+def compiled(function: Callable, wanted: bool) -> Callable:
+    """`function` through PyTorch's compiler, or as it is where unwanted or no C++ compiler is at hand."""
+    if not wanted or not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return function
+    return torch.compile(function, dynamic=False)
 
 
 def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
     """Mean cross-entropy in nats of `ids [B, T + 1]`, each token from those before it."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(ids.device.type, torch.bfloat16):
         logits, _ = model(ids[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def train_verifier(model: Llama, windows: Windows, recipe: Recipe) -> Progress:
-    """Trains in place until the time is used up; returns the counters."""
+def train_verifier(model: Llama, windows: Windows, recipe: Recipe, budget: Budget, checkpoint: Path | None) -> Run:
+    """Trains in place until the budget is used up, going on from `checkpoint` if it exists; returns the counters."""
     optimiser = Optimiser(model, recipe)
-    progress = Progress("verifier", recipe.seconds)
-    while (share := progress.share()) < 1.0:
+    run = Run("verifier", budget, checkpoint, {"model": model, "optimiser": optimiser, "windows": windows})
+    loss_of = compiled(next_token_loss, recipe.compiled)
+    while run.goes_on():
+        share = run.share()
         length = recipe.length_at(share)
         ids = windows.draw(recipe.batch_tokens // length, length + 1)
-        loss = next_token_loss(model, ids)
+        loss = loss_of(model, ids)
         optimiser.step(loss, share)
-        progress.note(loss.item(), ids.shape[0] * length)
-    return progress
+        run.note(loss.item(), ids.shape[0] * length)
+    return run
