@@ -74,9 +74,9 @@ under permissive licences; generated tables, bindings, vendored code and duplica
 
 By `training pair --plan {plan_name}` (see `training/README.md`): the verifier {verifier_seconds:.0f} s
 ({verifier_tokens:.1f} M tokens), the draft {draft_seconds:.0f} s ({draft_tokens:.1f} M tokens)
-after {sampling_seconds:.0f} s of sampling the verifier's own text (greedy, T 0.8 and T 1.0). The draft learns by turns from corpus text and from that
-text: KL divergence from the verifier{stretch_note}. The
-schedule follows the clock, so another run gives other weights, and a busier machine worse ones.
+after {sampling_seconds:.0f} s of sampling the verifier's own text (greedy, T 0.8 and T 1.0). The draft learns by
+turns from corpus text and from that text: KL divergence from the verifier{stretch_note}.
+The schedule follows the clock, so another run gives other weights, and a busier machine worse ones.
 
 ## Limits
 

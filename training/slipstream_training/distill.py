@@ -23,6 +23,7 @@ Verifier = Callable[[Tensor], tuple[Tensor, object]]
 TEMPERATURES = (0.0, 0.8, 1.0)
 PROMPT = 64
 SAMPLED = 192
+SAMPLED_ROWS = 128
 
 
 @dataclass
@@ -47,10 +48,12 @@ def sample_pool(verifier: Verifier, vocabulary: int, windows: Windows, budget: B
     rows: list[Tensor] = []
     while run.goes_on() or len(rows) < len(TEMPERATURES):
         temperature = TEMPERATURES[len(rows) % len(TEMPERATURES)]
-        prompts = windows.draw(96, PROMPT)
-        noise = gumbel((96, SAMPLED, vocabulary), generator) if temperature > 0 else torch.zeros(96, SAMPLED, 0)
-        rows.append(continue_prompts(verifier, prompts, noise, temperature))
-        run.note(0.0, 96 * SAMPLED)
+        prompts = windows.draw(SAMPLED_ROWS, PROMPT)
+        noise = gumbel((SAMPLED_ROWS, SAMPLED, vocabulary if temperature > 0 else 0), generator)
+        with torch.autocast(device.type, torch.bfloat16):
+            rows.append(continue_prompts(verifier, prompts, noise, temperature))
+        run.note(0.0, SAMPLED_ROWS * SAMPLED)
+    run.require_finished()
     pool = torch.cat(rows)
     pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(12)).to(device)]
     if path is not None:
@@ -122,7 +125,8 @@ def distill(
 ) -> Run:
     """Trains all `students` in place, by turns on corpus windows and on `rows` of the verifier's own text.
 
-    Goes on from `checkpoint` if it exists. Returns the counters; the loss shown is the first student's.
+    Goes on from `checkpoint` if it exists. Returns the counters, or raises `loop.Unfinished`; the loss shown is
+    the first student's.
     """
     lessons, pool = [Lesson(student, recipe) for student in students], Pool(rows)
     state: dict = {"windows": windows, "pool": pool}
@@ -142,4 +146,5 @@ def distill(
             target = logits_of(ids).float()
         losses = [lesson.step(ids, target, share) for lesson in lessons]
         run.note(losses[0], ids.numel())
+    run.require_finished()
     return run

@@ -1,6 +1,7 @@
 """Measures a pair on unseen text: bits per byte, next-token accuracy, and acceptance on the verifier's own text."""
 
 import math
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -48,46 +49,66 @@ def argmax_agreement(verifier: Llama, draft: Llama, windows: Tensor) -> float:
     return (verifier(windows)[0].argmax(-1) == draft(windows)[0].argmax(-1)).float().mean().item()
 
 
-@torch.no_grad()
-def acceptance(verifier: Llama, draft: Llama, prompts: Tensor, vocabulary: int, temperature: float) -> dict:
-    """Acceptance of the draft's proposals on the verifier's own continuations of `prompts`.
+@dataclass
+class Tally:
+    """What one draft's proposals came to, part by part: shapes `[rows, new tokens]`."""
 
-    `match` counts equal choices under one shared noise; `coupled` is its closed form, `rejection`
-    what rejection sampling would accept. At temperature 0 all three are the share of equal argmax.
-    `tokens_per_step` and `by_position` come from replaying steps over the texts (`by_position` at the
-    longest draft_len), `rejection_tokens_per_step` from the chances at each position.
-    """
+    agree: list[Tensor] = field(default_factory=list)
+    coupled: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+
+    def figures(self) -> dict:
+        """`match` counts equal choices under one shared noise; `coupled` is its closed form, `rejection` what
+        rejection sampling would accept. At temperature 0 all three are the share of equal argmax.
+
+        `tokens_per_step` and `by_position` come from replaying steps over the texts (`by_position` at the
+        longest draft_len), `rejection_tokens_per_step_4` from the chances at each position.
+        """
+        agree = torch.cat(self.agree)
+        chances = torch.cat(self.kept) if self.kept else agree.float()
+        coupled = torch.cat(self.coupled) if self.coupled else agree.float()
+        return {
+            "match": agree.float().mean().item(),
+            "coupled": coupled.mean().item(),
+            "rejection": chances.mean().item(),
+            "by_position": walk_steps(agree, DRAFT_LENS[-1]).by_position,
+            "tokens_per_step": {str(length): walk_steps(agree, length).tokens_per_step for length in DRAFT_LENS},
+            "rejection_tokens_per_step_4": expected_tokens(chances, 4),
+        }
+
+
+@torch.no_grad()
+def acceptance(
+    verifier: Llama, drafts: dict[str, Llama], prompts: Tensor, vocabulary: int, temperature: float
+) -> dict[str, dict]:
+    """Acceptance of each draft's proposals on the verifier's own continuations of `prompts`, by draft."""
     generator = torch.Generator(prompts.device).manual_seed(21)
     greedy = temperature == 0.0
     noise = gumbel((len(prompts), NEW_TOKENS, 0 if greedy else vocabulary), generator)
     text = continue_prompts(verifier, prompts, noise, temperature)
-    agrees, coupled, kept = [], [], []
+    rows = slice(prompts.shape[1] - 1, -1)
+    tallies = {name: Tally() for name in drafts}
     for part, part_noise in zip(text.split(16), noise.split(16), strict=True):
-        rows = slice(prompts.shape[1] - 1, -1)
-        target, proposed = verifier(part)[0][:, rows].float(), draft(part)[0][:, rows].float()
         chosen = part[:, prompts.shape[1] :]
-        if greedy:
-            agrees.append(proposed.argmax(-1) == chosen)
-            continue
-        agrees.append((proposed / temperature + part_noise).argmax(-1) == chosen)
-        p, q = (target / temperature).softmax(-1), (proposed / temperature).softmax(-1)
-        coupled.append(coupled_acceptance(p, q))
-        kept.append(overlap(p, q))
-    agree = torch.cat(agrees)
-    chances = agree.float() if greedy else torch.cat(kept)
-    return {
-        "match": agree.float().mean().item(),
-        "coupled": (agree.float() if greedy else torch.cat(coupled)).mean().item(),
-        "rejection": chances.mean().item(),
-        "by_position": walk_steps(agree, DRAFT_LENS[-1]).by_position,
-        "tokens_per_step": {str(draft_len): walk_steps(agree, draft_len).tokens_per_step for draft_len in DRAFT_LENS},
-        "rejection_tokens_per_step_4": expected_tokens(chances, 4),
-    }
+        p = None if greedy else (verifier(part)[0][:, rows].float() / temperature).softmax(-1)
+        for name, draft in drafts.items():
+            proposed, tally = draft(part)[0][:, rows].float(), tallies[name]
+            if p is None:
+                tally.agree.append(proposed.argmax(-1) == chosen)
+                continue
+            q = (proposed / temperature).softmax(-1)
+            tally.agree.append((proposed / temperature + part_noise).argmax(-1) == chosen)
+            tally.coupled.append(coupled_acceptance(p, q))
+            tally.kept.append(overlap(p, q))
+    return {name: tally.figures() for name, tally in tallies.items()}
 
 
-def acceptances(verifier: Llama, draft: Llama, stream: np.ndarray, vocabulary: int, device: str = "cpu") -> dict:
-    """`acceptance` at every temperature on `PROMPTS` prompts drawn from one split's `stream`."""
+def acceptances(
+    verifier: Llama, drafts: dict[str, Llama], stream: np.ndarray, vocabulary: int, device: str = "cpu"
+) -> dict[str, dict]:
+    """`acceptance` at every temperature, by draft, on `PROMPTS` prompts drawn from one split's `stream`."""
     drawn = Windows(stream, 20, device).draw(PROMPTS, PROMPT_TOKENS)
-    return {
-        f"T {temperature}": acceptance(verifier, draft, drawn, vocabulary, temperature) for temperature in TEMPERATURES
+    found = {
+        f"T {temperature}": acceptance(verifier, drafts, drawn, vocabulary, temperature) for temperature in TEMPERATURES
     }
+    return {name: {label: by_draft[name] for label, by_draft in found.items()} for name in drafts}

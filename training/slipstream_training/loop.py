@@ -14,6 +14,10 @@ from tqdm import tqdm
 SAVE_EVERY = 120.0
 
 
+class Unfinished(Exception):
+    """This process's part of the time is over; a later one goes on from the checkpoint."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """How long a run may take in all (`seconds`), and in this process (`part_seconds`, None: no limit).
@@ -64,10 +68,10 @@ class Run:
             self.save()
         return more
 
-    @property
-    def finished(self) -> bool:
-        """Whether the whole budget is used up; else a later process goes on from the checkpoint."""
-        return self.share() >= 1.0
+    def require_finished(self) -> None:
+        """Raises `Unfinished` when only this process's part is used up, and not the whole budget."""
+        if self.share() < 1.0:
+            raise Unfinished
 
     def note(self, loss: float, tokens: int) -> None:
         """Counts one step; draws the bar and saves every so often."""

@@ -19,7 +19,7 @@ from .card import completion_blocks, four_bit_loss, write_card
 from .data import Windows, decode_stream, token_byte_lengths
 from .distill import Student, distill, sample_pool
 from .evaluate import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, acceptances, argmax_agreement, prediction
-from .loop import Budget
+from .loop import Budget, Unfinished
 from .network import Llama
 from .plans import PLANS, Plan, miniature
 from .prompts import COMPLETIONS
@@ -33,10 +33,6 @@ STRETCH = 0.75
 FOUR_BIT_LOSS_MAX = 0.01
 COMPLETION_TOKENS = 96
 COMPLETION_TEMPERATURE = 0.5
-
-
-class Unfinished(Exception):
-    """This part's time is over; the same command goes on."""
 
 
 class Pair:
@@ -81,8 +77,6 @@ class Pair:
             network.drop(self.plan.verifier_dropout)
             checkpoint = self.work / "verifier-run.pt"
             run = train_verifier(network, self.windows(0), self.plan.verifier_recipe, budget, checkpoint)
-            if not run.finished:
-                raise Unfinished
             self.keep("verifier", network, {"verifier_seconds": run.elapsed(), "verifier_tokens": run.tokens / 1e6})
         weights = torch.load(self.work / "verifier.pt", weights_only=True, map_location=self.arguments.device)
         network.load_state_dict(weights)
@@ -101,8 +95,6 @@ class Pair:
         short = ((1.0, self.plan.draft_recipe.stages[0][1]),)
         recipe = replace(self.plan.draft_recipe, stages=short) if len(students) > 1 else self.plan.draft_recipe
         run = distill(students, verifier, self.windows(2), rows, recipe, self.budget(seconds), checkpoint)
-        if not run.finished:
-            raise Unfinished
         return {f"{name}_seconds": run.elapsed(), f"{name}_tokens": run.tokens / 1e6}
 
     def sweep(self, verifier: Llama, rows: torch.Tensor) -> dict:
@@ -115,13 +107,12 @@ class Pair:
         chosen = self.plan.chosen
         students.append(Student(f"{chosen}, last quarter on acceptance", self.fresh(chosen, 1), STRETCH))
         cost = self.teach(students, verifier, rows, self.plan.sweep_seconds, "sweep")
+        networks = {student.name: student.network.eval().requires_grad_(False) for student in students}
         table = []
-        for student in students:
-            network = student.network.eval().requires_grad_(False)
-            found = self.measured(verifier, network, "validation")
-            parameters = network.shape.parameters()
-            table.append({"name": student.name, "parameters": parameters, "acceptance": found})
-            print(f"{student.name:36} {parameters:9,} " + "  ".join(f"{k} {v['match']:.3f}" for k, v in found.items()))
+        for name, found in self.measured(verifier, networks, "validation").items():
+            parameters = networks[name].shape.parameters()
+            table.append({"name": name, "parameters": parameters, "acceptance": found})
+            print(f"{name:36} {parameters:9,} " + "  ".join(f"{k} {v['match']:.3f}" for k, v in found.items()))
         cost["rows"] = table
         (self.work / "sweep.json").write_text(json.dumps(cost))
         return cost
@@ -138,10 +129,10 @@ class Pair:
         network.load_state_dict(weights)
         return network.eval().requires_grad_(False)
 
-    def measured(self, verifier: Llama, draft: Llama, split: str) -> dict:
-        """Acceptance on one split."""
+    def measured(self, verifier: Llama, drafts: dict[str, Llama], split: str) -> dict[str, dict]:
+        """Acceptance on one split, by draft."""
         stream = self.text.streams[split]
-        return acceptances(verifier, draft, stream, self.plan.verifier.vocab_size, self.arguments.device)
+        return acceptances(verifier, drafts, stream, self.plan.verifier.vocab_size, self.arguments.device)
 
     def figures(self, verifiers: dict[str, Llama], draft: Llama) -> dict:
         """All figures of the model card, on the test crates, of the weights as stored."""
@@ -155,7 +146,7 @@ class Pair:
             "five_gram": gram.bits_per_byte(stream, lengths),
             "xz": xz_bits_per_byte(decode_stream(self.text.tokenizer, stream)),
             "argmax_agreement_on_real_text": argmax_agreement(verifier, draft, crops),
-            "acceptance": self.measured(verifier, draft, "test"),
+            "acceptance": self.measured(verifier, {"draft": draft}, "test")["draft"],
         }
 
     def completions(self, verifier: Llama) -> list[tuple[str, str]]:

@@ -95,7 +95,10 @@ def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def train_verifier(model: Llama, windows: Windows, recipe: Recipe, budget: Budget, checkpoint: Path | None) -> Run:
-    """Trains in place until the budget is used up, going on from `checkpoint` if it exists; returns the counters."""
+    """Trains in place until the budget is used up, going on from `checkpoint` if it exists.
+
+    Returns the counters, or raises `loop.Unfinished`.
+    """
     optimiser = Optimiser(model, recipe)
     run = Run("verifier", budget, checkpoint, {"model": model, "optimiser": optimiser, "windows": windows})
     loss_of = compiled(next_token_loss, recipe.compiled)
@@ -106,4 +109,5 @@ def train_verifier(model: Llama, windows: Windows, recipe: Recipe, budget: Budge
         loss = loss_of(model, ids)
         optimiser.step(loss, share)
         run.note(loss.item(), ids.shape[0] * length)
+    run.require_finished()
     return run
