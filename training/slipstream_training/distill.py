@@ -16,7 +16,7 @@ from .acceptance import coarse_acceptance
 from .data import Windows
 from .loop import Budget, Run
 from .network import Llama
-from .sampling import continue_prompts, gumbel
+from .sampling import StepNoise, continue_prompts
 from .train import Optimiser, Recipe, compiled
 
 Verifier = Callable[[Tensor], tuple[Tensor, object]]
@@ -35,7 +35,9 @@ class Student:
     stretch: float = 1.0
 
 
-def sample_pool(verifier: Verifier, vocabulary: int, windows: Windows, budget: Budget, path: Path | None) -> Tensor:
+def sample_pool(
+    verifier: Verifier, vocabulary: int, windows: Windows, budget: Budget, path: Path | None, batch: int = SAMPLED_ROWS
+) -> Tensor:
     """The verifier's continuations of corpus prompts at all `TEMPERATURES`: `[rows, PROMPT + SAMPLED]`.
 
     Kept at `path`, and read from there when an earlier run has left it.
@@ -48,11 +50,11 @@ def sample_pool(verifier: Verifier, vocabulary: int, windows: Windows, budget: B
     rows: list[Tensor] = []
     while run.goes_on() or len(rows) < len(TEMPERATURES):
         temperature = TEMPERATURES[len(rows) % len(TEMPERATURES)]
-        prompts = windows.draw(SAMPLED_ROWS, PROMPT)
-        noise = gumbel((SAMPLED_ROWS, SAMPLED, vocabulary if temperature > 0 else 0), generator)
+        prompts = windows.draw(batch, PROMPT)
+        noise = StepNoise((batch, SAMPLED, vocabulary), generator)
         with torch.autocast(device.type, torch.bfloat16):
             rows.append(continue_prompts(verifier, prompts, noise, temperature))
-        run.note(0.0, SAMPLED_ROWS * SAMPLED)
+        run.note(0.0, batch * SAMPLED)
     run.require_finished()
     pool = torch.cat(rows)
     pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(12)).to(device)]

@@ -12,8 +12,19 @@ def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return -(-uniform.log()).log().float()
 
 
+class StepNoise:
+    """Gumbel noise `[B, new, V]` drawn position by position: a large vocabulary's would not fit in memory at once."""
+
+    def __init__(self, shape: tuple[int, int, int], generator: torch.Generator):
+        self.shape, self.generator = shape, generator
+
+    def __getitem__(self, index: tuple) -> Tensor:
+        """The noise `[B, V]` of the next position; each may be asked for once, in order."""
+        return gumbel((self.shape[0], self.shape[2]), self.generator)
+
+
 @torch.no_grad()
-def continue_prompts(model: Llama, prompts: Tensor, noise: Tensor, temperature: float) -> Tensor:
+def continue_prompts(model: Llama, prompts: Tensor, noise: Tensor | StepNoise, temperature: float) -> Tensor:
     """Appends `noise.shape[1]` tokens to `prompts [B, T]`; `noise` is `[B, new, V]`, unused at temperature 0.
 
     Token `t` is `argmax(logits / temperature + noise_t)`, which draws from the softmax exactly.
