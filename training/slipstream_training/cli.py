@@ -8,10 +8,12 @@ import sys
 # Must be set before torch is loaded, as everything below does.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from . import pair
+from . import distill_tool, hf_directory, pair
 
 COMMANDS = {
     "pair": (pair, "train the pair that slipstream ships, from the corpus to the model card"),
+    "distill": (distill_tool, "make a draft for a verifier of your own"),
+    "export-hf": (hf_directory, "turn a GGUF Llama into a Hugging Face directory"),
 }
 
 

@@ -144,7 +144,8 @@ class Exports(Folder):
         # The case of tests/tokenizer.rs: "abc" is a|bc although `ab` comes first in the text.
         fields = {
             "tokenizer.ggml.model": "llama", "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
-            "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "<0x0A>", "▁", "a", "b", "c", "ab", "bc", "▁a", "<x>"],
+            "tokenizer.ggml.tokens":
+                ["<unk>", "<s>", "</s>", "<0x0A>", "▁", "a", "b", "c", "ab", "bc", "▁a", "<x>"],
             "tokenizer.ggml.scores": [0.0, 0, 0, 0, -9, -9, -9, -9, -3, -2, -4, 0],
             "tokenizer.ggml.token_type": [2, 3, 3, 6, 1, 1, 1, 1, 1, 1, 1, 4],
         }
