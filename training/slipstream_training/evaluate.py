@@ -14,7 +14,6 @@ from .network import Llama
 from .sampling import continue_prompts, gumbel
 
 TEMPERATURES = (0.0, 0.8, 1.0)
-PROMPTS = 96
 PROMPT_TOKENS = 128
 NEW_TOKENS = 128
 DRAFT_LENS = (1, 2, 3, 4, 6, 8)
@@ -104,10 +103,10 @@ def acceptance(
 
 
 def acceptances(
-    verifier: Llama, drafts: dict[str, Llama], stream: np.ndarray, vocabulary: int, device: str = "cpu"
+    verifier: Llama, drafts: dict[str, Llama], stream: np.ndarray, vocabulary: int, prompts: int, device: str
 ) -> dict[str, dict]:
-    """`acceptance` at every temperature, by draft, on `PROMPTS` prompts drawn from one split's `stream`."""
-    drawn = Windows(stream, 20, device).draw(PROMPTS, PROMPT_TOKENS)
+    """`acceptance` at every temperature, by draft, on `prompts` prompts drawn from one split's `stream`."""
+    drawn = Windows(stream, 20, device).draw(prompts, PROMPT_TOKENS)
     found = {
         f"T {temperature}": acceptance(verifier, drafts, drawn, vocabulary, temperature) for temperature in TEMPERATURES
     }

@@ -18,7 +18,7 @@ from .baselines import NGram, xz_bits_per_byte
 from .card import completion_blocks, four_bit_loss, write_card
 from .data import Windows, decode_stream, token_byte_lengths
 from .distill import Student, distill, sample_pool
-from .evaluate import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, acceptances, argmax_agreement, prediction
+from .evaluate import NEW_TOKENS, PROMPT_TOKENS, acceptances, argmax_agreement, prediction
 from .loop import Budget, Unfinished
 from .network import Llama
 from .plans import PLANS, Plan, miniature
@@ -86,7 +86,8 @@ class Pair:
         """The verifier's own continuations, which drafts learn from."""
         budget = self.budget(self.plan.sampling_seconds)
         vocabulary = self.plan.verifier.vocab_size
-        return sample_pool(verifier, vocabulary, self.windows(1), budget, self.work / "own-text.pt")
+        path, rows = self.work / "own-text.pt", self.plan.sampled_rows
+        return sample_pool(verifier, vocabulary, self.windows(1), budget, path, rows)
 
     def teach(self, students: list[Student], verifier: Llama, rows: torch.Tensor, seconds: float, name: str) -> dict:
         """Distils `students` side by side; returns what it cost."""
@@ -132,11 +133,12 @@ class Pair:
     def measured(self, verifier: Llama, drafts: dict[str, Llama], split: str) -> dict[str, dict]:
         """Acceptance on one split, by draft."""
         stream = self.text.streams[split]
-        return acceptances(verifier, drafts, stream, self.plan.verifier.vocab_size, self.arguments.device)
+        vocabulary, prompts = self.plan.verifier.vocab_size, self.plan.prompts
+        return acceptances(verifier, drafts, stream, vocabulary, prompts, self.arguments.device)
 
     def figures(self, verifiers: dict[str, Llama], draft: Llama) -> dict:
         """All figures of the model card, on the test crates, of the weights as stored."""
-        verifier, stream = verifiers["verifier"], self.text.streams["test"]
+        verifier, stream = verifiers["verifier"], self.text.streams["test"][: self.plan.report_tokens]
         lengths, context = token_byte_lengths(self.text.tokenizer), self.plan.verifier.max_position_embeddings
         crops = Windows(stream, 22, self.arguments.device).draw(32, 512)
         gram = NGram(self.text.streams["train"], self.plan.verifier.vocab_size)
@@ -198,7 +200,7 @@ class Pair:
         (out / "corpus-manifest.json").write_text(json.dumps(self.text.manifest, indent=1) + "\n")
         (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
         shown = {
-            "plan_name": self.arguments.plan, "prompts": PROMPTS, "prompt_tokens": PROMPT_TOKENS,
+            "plan_name": self.arguments.plan, "prompts": plan.prompts, "prompt_tokens": PROMPT_TOKENS,
             "new_tokens": NEW_TOKENS, "temperature": COMPLETION_TEMPERATURE, "completion_tokens": COMPLETION_TOKENS,
             "completions": completion_blocks(self.completions(stored["verifier"])),
         }
