@@ -130,6 +130,9 @@ fn named_splittings_split_as_named() {
     assert_eq!(ids("default", "a1111 1"), "a|111|1|Ġ|1");
     assert_eq!(ids("llama-bpe", "!!\n\na"), "!!|ĊĊ|a");
     assert_eq!(ids("gpt-2", "\n\na"), "Ċ|Ċ|a");
+    assert_eq!(ids("qwen2", "a1111 1"), "a|1|1|1|1|Ġ|1");
+    assert_eq!(ids("qwen2", "!!\n\na"), "!!|ĊĊ|a");
+    assert_eq!(ids("qwen2", "\n\na"), "ĊĊ|a");
 }
 
 /// A tiny file with a SentencePiece vocabulary of twelve pieces.
