@@ -435,3 +435,20 @@ fn pairs_compute_what_their_weights_say() {
         assert!(num_equal * 20 > a.len() * 19, "{name}: {num_equal} of {} choices agree", a.len());
     }
 }
+
+#[test]
+fn sizes_count_every_weight_once() {
+    // As the model cards say; the draft of the other pair may be exchanged.
+    let sizes =
+        [("micro/verifier", 967_808), ("micro/draft", 96_448), ("rust/verifier", 5_475_584)];
+    for (name, num_weights) in sizes {
+        let path = fixture("../../models").join(format!("{name}.gguf"));
+        let stored = load_path(&path, None).weights;
+        let widened = load_path(&path, Some(WeightFormat::F32)).weights;
+        assert_eq!(stored.num_weights(), num_weights, "{name}");
+        assert_eq!(widened.num_bytes(), 4 * num_weights, "{name}");
+        // 34 bytes for 32 weights of a matrix, and 4 for each of the few in norms.
+        let per_weight = stored.num_bytes() as f64 / num_weights as f64;
+        assert!((34.0 / 32.0..1.1).contains(&per_weight), "{name}: {per_weight} bytes");
+    }
+}
