@@ -15,6 +15,12 @@ pub const PROMPTS: [&str; 4] = [
     "use std::collections::HashMap;\n\npub struct Cache {\n    entries: HashMap<String, ",
 ];
 
+/// The verifier of the micro pair, a GGUF file.
+pub const MICRO_VERIFIER: &str =
+    concat!(env!("CARGO_MANIFEST_DIR"), "/../models/micro/verifier.gguf");
+/// The draft of the micro pair, a GGUF file.
+pub const MICRO_DRAFT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/micro/draft.gguf");
+
 /// What tables call a way to speculate.
 #[must_use]
 pub fn label(speculation: Speculation) -> String {

@@ -11,7 +11,7 @@ use half::bf16;
 use safetensors::{Dtype, View, serialize_to_file};
 use serde_json::json;
 
-/// Entries of the embedded pair's vocabulary, which every random model shares.
+/// Entries of the micro pair's vocabulary, which every random model shares.
 const VOCAB_SIZE: usize = 1024;
 /// Positions of the context.
 const CONTEXT_LEN: usize = 1024;

@@ -1,6 +1,7 @@
 //! One stream, in-process, no network: plain decoding beside draft lengths 1 to 8. All settings run
 //! in turn within each round, so that drift of the machine hits them alike; medians and the span
-//! over rounds are printed. Checks on the way that every setting gives the same tokens.
+//! over rounds are printed, and how large the models are. Checks on the way that every setting
+//! gives the same tokens. The embedded pair, unless flags name another.
 //!
 //! `cargo bench -p slipstream-benches --bench single_stream -- --help`
 
@@ -20,6 +21,9 @@ use slipstream_server::engine::Engine;
 use slipstream_server::engine::event::{Event, Finished};
 use slipstream_server::engine::request::{Request, Speculation};
 use slipstream_server::startup::assemble;
+
+/// Bytes of a MiB.
+const MIB: f64 = (1 << 20) as f64;
 
 #[derive(Parser)]
 #[command(about = "One stream: plain decoding beside draft lengths 1 to 8")]
@@ -68,9 +72,14 @@ fn main() -> anyhow::Result<()> {
     let tokenizer = assembly.tokenizer();
     let encode = |text: &&str| tokenizer.encode(text, true).context("tokenising a prompt");
     let prompts = PROMPTS.iter().map(encode).collect::<anyhow::Result<_>>()?;
+    let sizes = assembly.sizes().to_vec();
     let engine = assembly.engine;
     let mut bench = Bench { engine, clock, prompts, tokens: args.tokens, next_id: 0 };
     let mut out = std::io::stdout().lock();
+    for (role, size) in ["verifier", "draft"].into_iter().zip(&sizes) {
+        let (millions, mib) = (size.num_weights as f64 / 1e6, size.weight_bytes as f64 / MIB);
+        writeln!(out, "{role}: {}, {millions:.2} million weights, {mib:.2} MiB", size.name)?;
+    }
     writeln!(out, "{} rounds x {} prompts x {} tokens", args.rounds, PROMPTS.len(), args.tokens)?;
     for &temperature in &args.temperatures {
         let table = bench.measure(temperature, args.rounds)?;

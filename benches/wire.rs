@@ -1,8 +1,8 @@
 //! The cost of the wire: the same load in this process and over gRPC on the loopback interface,
 //! with one connection for all streams and with one for each. Every stream asks for one completion
 //! after another, of lengths of its own, so that requests arrive while others run. Plain beside
-//! speculative, and two models: the embedded pair, whose steps are so short that every microsecond
-//! of the wire shows, and a larger verifier with random weights, whose steps take as long as real
+//! speculative, and two models: the micro pair, whose steps are so short that every microsecond of
+//! the wire shows, and a larger verifier with random weights, whose steps take as long as real
 //! ones.
 //!
 //! `cargo bench -p slipstream-benches --bench wire -- --help`
@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use clap::{Parser, ValueEnum};
-use slipstream_benches::PROMPTS;
 use slipstream_benches::random_model::RandomModel;
 use slipstream_benches::stats::Spread;
 use slipstream_benches::wire_table::{Figures, Measured, WAYS, Way, write_table};
+use slipstream_benches::{MICRO_DRAFT, MICRO_VERIFIER, PROMPTS};
 use slipstream_model::clock::{Clock, Micros, MonotonicClock};
 use slipstream_model::ids::TokenId;
 use slipstream_model::sampling::SamplingParams;
@@ -38,7 +38,7 @@ use tonic::transport::Channel;
 
 /// How long anything may take to end.
 const GRACE: Duration = Duration::from_secs(5);
-/// What the table calls the model of the binary.
+/// What the table calls the micro pair.
 const MICRO: &str = "micro";
 
 #[derive(Parser)]
@@ -137,14 +137,18 @@ fn main() -> anyhow::Result<()> {
         let tokens = args.tokens.unwrap_or(tokens);
         let rounds = args.rounds.unwrap_or(rounds);
         let folder = tempfile::tempdir()?;
-        let mut flags = ModelFlags { threads: args.threads, ..ModelFlags::default() };
+        let mut flags = ModelFlags {
+            model: Some(MICRO_VERIFIER.to_owned()),
+            draft_model: Some(MICRO_DRAFT.to_owned()),
+            threads: args.threads,
+            ..ModelFlags::default()
+        };
         let mut name = MICRO.to_owned();
         if model == Model::Random {
             let shape = RandomModel { hidden_len: args.hidden, num_layers: args.layers };
             shape.write(folder.path())?;
             name = format!("random, {:.1} million weights", shape.num_weights() as f64 / 1e6);
             flags.model = folder.path().to_str().map(str::to_owned);
-            flags.draft_model = Some("embedded".to_owned());
         }
         let bench = Bench::start(&flags, [args.streams, args.completions, tokens])?;
         let table = bench.measure(&args.speculation, rounds)?;

@@ -12,7 +12,7 @@ use slipstream_tests::raw_call::reason;
 use tonic::{Code, Status};
 
 const PROMPT: &str = "use std::collections::HashMap;\n";
-/// Output that fills the embedded verifier's context of 1024 after `PROMPT`.
+/// Output that fills the micro verifier's context of 1024 after `PROMPT`.
 const LONG: i32 = 1000;
 
 fn named(id: &str, request: v1::GenerateRequest) -> v1::GenerateRequest {

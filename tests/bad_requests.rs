@@ -5,12 +5,11 @@ use slipstream_proto::v1;
 use slipstream_proto::v1::generate_request::Prompt;
 use slipstream_proto::v1::speculation::Mode;
 use slipstream_tests::client::{Client, block_on, client, complete, greedy, start, stream};
+use slipstream_tests::micro_pair::{self, CONTEXT_LEN};
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Request};
 
-/// Vocabulary and context of the embedded verifier.
-const VOCAB_SIZE: u32 = 1024;
-const CONTEXT_LEN: usize = 1024;
+const VOCAB_SIZE: u32 = micro_pair::VOCAB_SIZE as u32;
 
 type Change = Box<dyn Fn(&mut v1::GenerateRequest)>;
 

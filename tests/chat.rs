@@ -2,11 +2,15 @@
 //! obeys its commands.
 
 use serde_json::Value;
+use slipstream_tests::micro_pair;
 
 use crate::program::{printed, printed_for, slipstream};
 
-/// Answers of a fixed length that any machine repeats.
-const FLAGS: [&str; 5] = ["--seed", "3", "--max-tokens", "12", "--ignore-eos"];
+/// The micro pair, and answers of a fixed length that any machine repeats.
+const FLAGS: [&str; 9] = {
+    let [model, verifier, draft_model, draft] = micro_pair::FLAGS;
+    [model, verifier, draft_model, draft, "--seed", "3", "--max-tokens", "12", "--ignore-eos"]
+};
 
 /// Runs a chat that prints objects, and gives them with what it says beside.
 fn chat(args: &[&str], stdin: &str) -> (Vec<Value>, String) {
@@ -76,7 +80,8 @@ fn plain_answers_are_all_that_stdout_has() {
 
 #[test]
 fn a_turn_that_never_fits_is_an_error() {
-    let mut command = slipstream(&["chat", "--context-limit", "8"]);
+    let args = [&["chat", "--context-limit", "8"], &micro_pair::FLAGS[..]].concat();
+    let mut command = slipstream(&args);
     let mut child = command
         .stdin(std::process::Stdio::piped())
         .stdout(std::process::Stdio::piped())

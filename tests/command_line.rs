@@ -23,7 +23,7 @@ fn the_demo_shows_its_measurements() {
 
 #[test]
 fn the_self_test_passes() {
-    let text = printed(&["self-test", "--tokens", "8"]);
+    let text = printed(&["self-test", "--tokens", "16"]);
     assert!(text.contains(" 0 different") && text.contains("PASS"), "{text}");
 }
 
@@ -89,7 +89,7 @@ fn failures_are_objects_where_results_are() {
 
 #[test]
 fn the_self_test_has_a_result_for_programs() {
-    let text = printed(&["self-test", "--tokens", "4", "--json"]);
+    let text = printed(&["self-test", "--tokens", "16", "--json"]);
     let object: Value = serde_json::from_str(&text).expect("one object");
     assert_eq!(object["different"], 0);
     assert!(object["accepted"].as_u64().unwrap() > 0, "{object}");

@@ -1,7 +1,8 @@
 //! Proves that files are read right and that the networks compute what they say: logits of tiny
-//! random Llama checkpoints against those that `transformers` computed in float32 on the same
-//! weights (`training/make_goldens.py` wrote them). Tied and untied, grouped queries, rotary
-//! scalings, f32, f16, bf16 and Q8_0, both spellings of `config.json`, both file formats.
+//! random Llama checkpoints, and of the pairs in this repository, against those that `transformers`
+//! computed in float32 on the same weights (scripts in `training/` wrote them). Tied and untied,
+//! grouped queries, rotary scalings, f32, f16, bf16 and Q8_0, both spellings of `config.json`, both
+//! file formats.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,7 @@ use slipstream_model::transformer::{Transformer, TransformerOptions};
 use slipstream_model::weights::{Matrix, MatrixData};
 use slipstream_tests::gguf_builder::{GgufBuilder, Value};
 use slipstream_tests::random::Rng;
+use slipstream_tests::timing::report;
 use tempfile::TempDir;
 
 /// Most that logits may differ, relative to the largest logit, on 32-bit weights.
@@ -64,27 +66,48 @@ fn directory(name: &str, config: &str) -> TempDir {
 
 struct Golden {
     tokens: Vec<TokenId>,
-    /// `[tokens, vocab]`.
+    /// Positions whose logits there are.
+    rows: Vec<usize>,
+    /// `[rows, vocab]`.
     logits: Vec<f32>,
 }
 
-fn golden(name: &str, file: &str) -> Golden {
-    golden_file(&fixture(name).join(file))
+impl Golden {
+    /// With the logits of all positions.
+    fn whole(tokens: Vec<TokenId>, logits: Vec<f32>) -> Self {
+        Self { rows: (0..tokens.len()).collect(), tokens, logits }
+    }
+
+    /// How far the logits of all positions are from these.
+    fn distance(&self, computed: &[f32]) -> f64 {
+        let vocab_size = computed.len() / self.tokens.len();
+        let rows: Vec<&[f32]> = computed.chunks(vocab_size).collect();
+        let picked: Vec<f32> = self.rows.iter().flat_map(|row| rows[*row]).copied().collect();
+        distance(&picked, &self.logits)
+    }
 }
 
-fn golden_file(path: &Path) -> Golden {
+fn golden(name: &str, file: &str) -> Golden {
+    golden_file(&fixture(name).join(file), "logits")
+}
+
+/// A golden whose logits have this name in the file: of the rows at `positions`, or of all.
+fn golden_file(path: &Path, logits: &str) -> Golden {
     let bytes = fs::read(path).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    let ids = tensors.tensor("input_ids").unwrap();
-    let tokens = ids
-        .data()
-        .as_chunks()
-        .0
-        .iter()
-        .map(|id| TokenId(u32::try_from(i64::from_le_bytes(*id)).unwrap()));
-    let logits = tensors.tensor("logits").unwrap();
-    let logits = logits.data().as_chunks().0.iter().map(|x| f32::from_le_bytes(*x));
-    Golden { tokens: tokens.collect(), logits: logits.collect() }
+    let whole_numbers = |name: &str| -> Option<Vec<u32>> {
+        let tensor = tensors.tensor(name).ok()?;
+        let numbers = tensor.data().as_chunks().0.iter().map(|x| i64::from_le_bytes(*x));
+        Some(numbers.map(|x| u32::try_from(x).unwrap()).collect())
+    };
+    let tokens: Vec<TokenId> =
+        whole_numbers("input_ids").unwrap().into_iter().map(TokenId).collect();
+    let logits = tensors.tensor(logits).unwrap();
+    let logits = logits.data().as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect();
+    match whole_numbers("positions") {
+        Some(rows) => Golden { tokens, rows: rows.iter().map(|r| *r as usize).collect(), logits },
+        None => Golden::whole(tokens, logits),
+    }
 }
 
 /// max |a - b| / max |b|.
@@ -98,19 +121,29 @@ fn distance(computed: &[f32], wanted: &[f32]) -> f64 {
 
 fn check(label: &str, model: &LoadedModel, golden: &Golden) {
     let reference = ReferenceModel::new(&model.config, &model.weights).unwrap();
-    let found = distance(&reference.logits(&golden.tokens).unwrap(), &golden.logits);
+    let found = golden.distance(&reference.logits(&golden.tokens).unwrap());
     assert!(found < F32_TOLERANCE, "{label}: reference is off by {found:.2e}");
     check_transformer(label, model, golden);
 }
 
 fn check_transformer(label: &str, model: &LoadedModel, golden: &Golden) {
+    check_rounded(label, model, golden, 0.0);
+}
+
+/// The same where the golden is of other weights, which were rounded to those of the model: that
+/// alone puts its logits `rounding` away.
+fn check_rounded(label: &str, model: &LoadedModel, golden: &Golden, rounding: f64) {
     let tolerance = match model.weights.embedding.data {
         MatrixData::F32(_) => F32_TOLERANCE,
         MatrixData::Q8_0 { .. } => Q8_0_TOLERANCE,
     };
     for isa in Isa::available() {
-        let found = distance(&transformer_logits(model, isa, &golden.tokens), &golden.logits);
-        assert!(found < tolerance, "{label}: {} network is off by {found:.2e}", isa.name());
+        let found = golden.distance(&transformer_logits(model, isa, &golden.tokens));
+        assert!(
+            found < rounding + tolerance,
+            "{label}: {} network is off by {found:.2e}, by {rounding:.2e} because of its weights",
+            isa.name()
+        );
     }
 }
 
@@ -336,7 +369,7 @@ fn sequences_that_attention_splits_agree_with_the_reference() {
             (0..LONG_LEN).map(|_| TokenId(rng.below(model.config.vocab_size) as u32)).collect();
         let reference = ReferenceModel::new(&model.config, &model.weights).unwrap();
         let logits = reference.logits(&tokens).unwrap();
-        let golden = Golden { tokens: tokens.clone(), logits };
+        let golden = Golden::whole(tokens.clone(), logits);
         check_transformer(name, &model, &golden);
         // The last row sees every part, or losing one would not show.
         let last_row = (LONG_LEN - 1) * model.config.vocab_size;
@@ -352,10 +385,10 @@ fn sequences_that_attention_splits_agree_with_the_reference() {
 }
 
 #[test]
-fn the_embedded_pair_gives_the_logits_of_its_goldens() {
+fn the_micro_pair_gives_the_logits_of_its_goldens() {
     for name in ["verifier", "draft"] {
         let path = fixture("../../models/micro").join(format!("{name}.gguf"));
-        let wanted = golden_file(&fixture(&format!("micro-{name}-golden.safetensors")));
+        let wanted = golden_file(&fixture(&format!("micro-{name}-golden.safetensors")), "logits");
         for format in [None, Some(WeightFormat::F32)] {
             check(&format!("{name} as {format:?}"), &load_path(&path, format), &wanted);
         }
@@ -363,14 +396,33 @@ fn the_embedded_pair_gives_the_logits_of_its_goldens() {
 }
 
 #[test]
-fn the_embedded_pair_computes_what_its_weights_say() {
+fn the_embedded_pair_gives_the_logits_of_its_goldens() {
+    for name in ["verifier", "draft"] {
+        let path = fixture("../../models/rust").join(format!("{name}.gguf"));
+        let file = fixture(&format!("rust-{name}-golden.safetensors"));
+        let stored = golden_file(&file, "stored");
+        let original = golden_file(&file, "original");
+        let rounding = distance(&stored.logits, &original.logits);
+        report(&format!("  {name}: quantisation puts its logits {rounding:.2e} off the original"));
+        for format in [None, Some(WeightFormat::F32)] {
+            let model = load_path(&path, format);
+            check(&format!("{name} as {format:?}"), &model, &stored);
+            check_rounded(&format!("{name} as {format:?}, original"), &model, &original, rounding);
+        }
+    }
+}
+
+#[test]
+fn pairs_compute_what_their_weights_say() {
     let source = fs::read_to_string(fixture("text-timing.txt")).unwrap();
-    for name in ["verifier.gguf", "draft.gguf"] {
-        let path = fixture("../../models/micro").join(name);
+    for name in ["micro/verifier.gguf", "micro/draft.gguf", "rust/verifier.gguf", "rust/draft.gguf"]
+    {
+        let path = fixture("../../models").join(name);
         let model = load_path(&path, None);
         let tokens = model.tokenizer.encode(&source, true).unwrap();
         let reference = ReferenceModel::new(&model.config, &model.weights).unwrap();
-        let wanted = Golden { logits: reference.logits(&tokens).unwrap(), tokens };
+        let logits = reference.logits(&tokens).unwrap();
+        let wanted = Golden::whole(tokens, logits);
         check(name, &model, &wanted);
         check(name, &load_path(&path, Some(WeightFormat::F32)), &wanted);
         let computed = transformer_logits(&model, Isa::detect(), &wanted.tokens);
@@ -381,5 +433,22 @@ fn the_embedded_pair_computes_what_its_weights_say() {
         let (a, b) = (rows(&computed), rows(&wanted.logits));
         let num_equal = a.iter().zip(&b).filter(|(a, b)| a == b).count();
         assert!(num_equal * 20 > a.len() * 19, "{name}: {num_equal} of {} choices agree", a.len());
+    }
+}
+
+#[test]
+fn sizes_count_every_weight_once() {
+    // As the model cards say; the draft of the other pair may be exchanged.
+    let sizes =
+        [("micro/verifier", 967_808), ("micro/draft", 96_448), ("rust/verifier", 5_475_584)];
+    for (name, num_weights) in sizes {
+        let path = fixture("../../models").join(format!("{name}.gguf"));
+        let stored = load_path(&path, None).weights;
+        let widened = load_path(&path, Some(WeightFormat::F32)).weights;
+        assert_eq!(stored.num_weights(), num_weights, "{name}");
+        assert_eq!(widened.num_bytes(), 4 * num_weights, "{name}");
+        // 34 bytes for 32 weights of a matrix, and 4 for each of the few in norms.
+        let per_weight = stored.num_bytes() as f64 / num_weights as f64;
+        assert!((34.0 / 32.0..1.1).contains(&per_weight), "{name}: {per_weight} bytes");
     }
 }

@@ -1,6 +1,6 @@
 //! Proves what a gRPC client may rely on: the order and content of events, one status per call,
 //! replay by seed, resumption at every cut, stops, and neighbours that do not matter. Real server,
-//! real connection, embedded pair.
+//! real connection, micro pair.
 
 use slipstream_model::load::{LoadOptions, ModelSource, load};
 use slipstream_model::tokenizer::Tokenizer;
@@ -12,6 +12,7 @@ use slipstream_proto::v1::{FinishReason, Provenance};
 use slipstream_tests::client::{
     Answer, Client, block_on, client, complete, greedy, sampled, speculation, start, stream,
 };
+use slipstream_tests::micro_pair;
 use tokio::task::JoinSet;
 
 const PROMPT: &str = "impl fmt::Display for Error {\n    fn fmt(&self, ";
@@ -223,10 +224,9 @@ fn a_stop_id_ends_the_output_and_is_not_part_of_it() {
     });
 }
 
-/// The tokenizer of the embedded verifier, from its file.
+/// The tokenizer of the verifier, from its file.
 fn verifiers_tokenizer() -> Tokenizer {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/micro/verifier.gguf");
-    let source = ModelSource::Path(path.into());
+    let source = ModelSource::Path(micro_pair::VERIFIER.into());
     load(source, &LoadOptions::default(), &mut |_| {}).unwrap().tokenizer
 }
 

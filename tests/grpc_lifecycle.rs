@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use slipstream_proto::v1;
 use slipstream_proto::v1::generate_event::Event;
-use slipstream_server::config::{ByteCount, Config, EdgeConfig, ModelFlags};
+use slipstream_server::config::{ByteCount, ModelFlags};
 use slipstream_server::local::{LocalServer, LocalServerError, connect};
 use slipstream_server::{RunError, StartupError};
 use slipstream_tests::client::{
@@ -22,7 +22,7 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
 const PROMPT: &str = "use std::collections::HashMap;\n";
-/// Output that fills the embedded verifier's context of 1024 after `PROMPT`.
+/// Output that fills the micro verifier's context of 1024 after `PROMPT`.
 const LONG: i32 = 1000;
 /// A request for as much output as there can be.
 fn long() -> v1::GenerateRequest {
@@ -321,13 +321,7 @@ fn what_the_grace_does_not_cover_ends_as_unavailable_and_can_go_on_elsewhere() {
 }
 
 async fn start_error(change: impl FnOnce(&mut ModelFlags)) -> StartupError {
-    let flags = {
-        let mut flags = ModelFlags::default();
-        change(&mut flags);
-        flags
-    };
-    let config = Config::new(&flags, EdgeConfig::with_grace(Duration::ZERO)).unwrap();
-    match LocalServer::start(config).await {
+    match LocalServer::start(config(change)).await {
         Err(LocalServerError::Run(RunError::Startup(error))) => error,
         other => panic!("expected a startup error, got {other:?}"),
     }

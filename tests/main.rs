@@ -15,6 +15,7 @@ mod connections;
 mod deadlines;
 mod distribution;
 mod drain;
+mod embedded_pair;
 mod error_details;
 mod exactness;
 mod floods;

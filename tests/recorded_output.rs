@@ -1,6 +1,6 @@
-//! Proves the real pair against the oracle, and guards the numerics version: the embedded verifier
-//! on the plain twins, one row at a time, is what defines a response; the engine with the fastest
-//! kernels, a team of threads, a batch, chunks and the embedded draft must give the same bytes; and
+//! Proves a real pair against the oracle, and guards the numerics version: the micro verifier on
+//! the plain twins, one row at a time, is what defines a response; the engine with the fastest
+//! kernels, a team of threads, a batch, chunks and the micro draft must give the same bytes; and
 //! both must give the bytes recorded in `fixtures/recorded_output.txt`, on every machine.
 
 use std::fmt::Write;
@@ -27,7 +27,7 @@ const VERIFIER: &[u8] = include_bytes!("../models/micro/verifier.gguf");
 const DRAFT: &[u8] = include_bytes!("../models/micro/draft.gguf");
 const RECORDED: &str = include_str!("fixtures/recorded_output.txt");
 
-/// Writes the file anew: only with a raised numerics version or another embedded pair.
+/// Writes the file anew: only with a raised numerics version or another micro pair.
 const RECORD_VARIABLE: &str = "SLIPSTREAM_RECORD_OUTPUT";
 
 const PROMPTS: [&str; 6] = [
@@ -39,7 +39,7 @@ const PROMPTS: [&str; 6] = [
     "x",
 ];
 
-fn embedded(bytes: &'static [u8]) -> LoadedModel {
+fn loaded(bytes: &'static [u8]) -> LoadedModel {
     load(ModelSource::GgufBytes(bytes), &LoadOptions::default(), &mut |_| {}).unwrap()
 }
 
@@ -109,7 +109,7 @@ fn real_pair_gives_the_oracles_bytes_and_the_recorded_ones() {
 }
 
 fn check_recorded_output() {
-    let model = embedded(VERIFIER);
+    let model = loaded(VERIFIER);
     let heading = format!("numerics {NUMERICS_VERSION} verifier {}\n", model.digest);
     let tokenizer = model.tokenizer;
     let token_bytes = tokenizer.token_bytes();
@@ -123,7 +123,7 @@ fn check_recorded_output() {
         .map(|request| Case { expected: decode(&mut oracle, &pieces, &request, 0), request })
         .collect();
 
-    let draft = embedded(DRAFT);
+    let draft = loaded(DRAFT);
     let draft = Arc::new(PackedLlama::pack(draft.config, draft.weights).unwrap());
     for (draft_len, step_tokens_max) in [(0, 256), (1, 7), (4, 64), (8, 256)] {
         let proposer = ModelProposer::new(
@@ -154,7 +154,7 @@ fn check_recorded_output() {
     }
     assert_eq!(
         now, RECORDED,
-        "output bytes have changed. With another embedded pair, record them anew \
+        "output bytes have changed. With another micro pair, record them anew \
          ({RECORD_VARIABLE}=1); otherwise find out why, and if the change is wanted raise \
          NUMERICS_VERSION first"
     );

@@ -15,7 +15,7 @@ use slipstream_tests::raw_call::reason;
 use tonic::Code;
 
 const PROMPT: &str = "use std::collections::HashMap;\n";
-/// Output that fills the embedded verifier's context of 1024 after `PROMPT`.
+/// Output that fills the micro verifier's context of 1024 after `PROMPT`.
 const LONG: i32 = 1000;
 
 /// Places for `num` requests in all, blocks for one full context.

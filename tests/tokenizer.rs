@@ -11,6 +11,24 @@ use slipstream_tests::gguf_builder::{GgufBuilder, VOCAB, Value, texts};
 use slipstream_tests::random::Rng;
 use slipstream_tests::timing::timed;
 
+/// Pairs in this repository, one for each way of splitting that matters here: GPT-2's and Qwen 2's.
+const PAIRS: [&str; 2] = ["models/micro", "models/rust"];
+
+/// What splitting rules could disagree about: contractions, digits of several scripts,
+/// indentation, line ends of every kind, odd spaces, characters of several parts, half a special
+/// token.
+const ODD_TEXTS: [&str; 9] = [
+    "I'LL say it's DON'T, we've, I'm, you'd, they're, 'tis, x'S",
+    "0x1F_600 1234567890 1e-9 v0.12.345 ١٢٣ ½ ⅷ a1b22c333",
+    "fn f() {\r\n\tlet x = 1;\r\n\r\n        x\r\n}\r\n",
+    "\t\tif a {\n            b();   \n\n\n    } \n  ",
+    "a\r\rb\n\rc \r\n d\u{85}e\u{2028}f\u{b}g\u{c}",
+    "a\u{a0}b\u{3000}c\u{200b}d  \u{a0} e",
+    "e\u{301} \u{e9} Ω Ω ﬁ が か\u{3099} नमस्ते 漢字 👩\u{200d}👩\u{200d}👧 🇩🇪",
+    "::<Vec<_>>()?; // -->\n//! ```rust\n#![allow(x)]\n...\n",
+    "<|endoftext|\n <||> < |endoftext|>",
+];
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
@@ -52,29 +70,39 @@ fn random_text(rng: &mut Rng) -> String {
 
 #[test]
 fn bytes_of_ids_join_to_the_text() {
-    let model = load_path(&root().join("models/micro/verifier.gguf"));
-    let json = root().join("models/micro/tokenizer.json");
-    let original = tokenizers::Tokenizer::from_file(json).unwrap();
+    timed("tokenizer round trips", 10.0, || PAIRS.into_iter().for_each(check_round_trips));
+}
+
+/// A pair's files and its `tokenizer.json` give the same ids, and ids give the text.
+fn check_round_trips(pair: &str) {
+    let model = load_path(&root().join(pair).join("verifier.gguf"));
+    let original = tokenizers::Tokenizer::from_file(root().join(pair).join("tokenizer.json"));
+    let original = original.unwrap();
     let table = model.tokenizer.token_bytes();
     let seed = 0x70_6B_E2;
     let mut rng = Rng::new(seed);
     let random = (0..2000).map(|_| random_text(&mut rng));
-    timed("tokenizer round trips", 5.0, || {
-        for (index, text) in rust_texts().into_iter().chain(random).enumerate() {
-            let ids = model.tokenizer.encode(&text, true).unwrap();
-            let at = format!("text {index}, seed {seed:#x}: {text:?}");
-            assert_eq!(table.join(&ids), text.as_bytes(), "{at}");
-            let plain: Vec<u32> = ids.iter().map(|id| id.0).collect();
-            assert_eq!(original.encode(text.as_str(), true).unwrap().get_ids(), plain, "{at}");
-            assert_eq!(original.decode(&plain, false).unwrap(), text, "{at}");
-        }
-    });
+    let crlf = rust_texts().into_iter().map(|text| text.replace('\n', "\r\n"));
+    let odd = ODD_TEXTS.map(str::to_owned);
+    let texts = rust_texts().into_iter().chain(crlf).chain(odd).chain(random);
+    for (index, text) in texts.enumerate() {
+        let ids = model.tokenizer.encode(&text, true).unwrap();
+        let at = format!("{pair}, text {index}, seed {seed:#x}: {text:?}");
+        assert_eq!(table.join(&ids), text.as_bytes(), "{at}");
+        let plain: Vec<u32> = ids.iter().map(|id| id.0).collect();
+        assert_eq!(original.encode(text.as_str(), true).unwrap().get_ids(), plain, "{at}");
+        assert_eq!(original.decode(&plain, false).unwrap(), text, "{at}");
+    }
 }
 
 #[test]
-fn the_embedded_pair_shares_one_vocabulary() {
-    let verifier = load_path(&root().join("models/micro/verifier.gguf"));
-    let draft = load_path(&root().join("models/micro/draft.gguf"));
+fn a_pair_shares_one_vocabulary() {
+    PAIRS.into_iter().for_each(check_vocabulary);
+}
+
+fn check_vocabulary(pair: &str) {
+    let verifier = load_path(&root().join(pair).join("verifier.gguf"));
+    let draft = load_path(&root().join(pair).join("draft.gguf"));
     assert_eq!(verifier.tokenizer.fingerprint(), draft.tokenizer.fingerprint());
     assert_eq!(verifier.tokenizer.vocab_size(), verifier.config.vocab_size);
     assert_ne!(verifier.digest, draft.digest);
@@ -130,6 +158,9 @@ fn named_splittings_split_as_named() {
     assert_eq!(ids("default", "a1111 1"), "a|111|1|Ġ|1");
     assert_eq!(ids("llama-bpe", "!!\n\na"), "!!|ĊĊ|a");
     assert_eq!(ids("gpt-2", "\n\na"), "Ċ|Ċ|a");
+    assert_eq!(ids("qwen2", "a1111 1"), "a|1|1|1|1|Ġ|1");
+    assert_eq!(ids("qwen2", "!!\n\na"), "!!|ĊĊ|a");
+    assert_eq!(ids("qwen2", "\n\na"), "ĊĊ|a");
 }
 
 /// A tiny file with a SentencePiece vocabulary of twelve pieces.
@@ -200,14 +231,18 @@ fn unsound_sentence_piece_vocabularies_are_refused() {
 
 #[test]
 fn hostile_text_costs_no_more_than_its_length() {
-    let model = load_path(&root().join("models/micro/verifier.gguf"));
+    PAIRS.into_iter().for_each(check_hostile_text);
+}
+
+fn check_hostile_text(pair: &str) {
+    let model = load_path(&root().join(pair).join("verifier.gguf"));
     let table = model.tokenizer.token_bytes();
     let units = [" ", "\n", "a", "1", "!", "'", "e\u{301}", "\u{200d}", "\0", "🦀", " a", "\r\n "];
-    timed("hostile text", 5.0, || {
+    timed(&format!("hostile text, {pair}"), 5.0, || {
         for unit in units {
             let text = unit.repeat((1 << 18) / unit.len());
             let ids = model.tokenizer.encode(&text, true).unwrap();
-            assert_eq!(table.join(&ids), text.as_bytes(), "{unit:?}");
+            assert_eq!(table.join(&ids), text.as_bytes(), "{pair}: {unit:?}");
         }
     });
 }

@@ -26,7 +26,7 @@ use tonic::{Code, Request, Streaming};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_slipstream-under-test");
 const PROMPT: &str = "use std::collections::HashMap;\n";
-/// Output that fills the embedded verifier's context of 1024 after `PROMPT`.
+/// Output that fills the micro verifier's context of 1024 after `PROMPT`.
 const LONG: i32 = 1000;
 /// Places for everybody, so that every client's request is really taken.
 const PLACES: [&str; 4] = ["--max-running", "64", "--max-waiting", "20000"];

@@ -32,6 +32,18 @@ pub struct Matrix {
     pub data: MatrixData,
 }
 
+impl MatrixData {
+    /// Memory of the numbers.
+    fn num_bytes(&self) -> usize {
+        match self {
+            Self::F32(numbers) => size_of_val(numbers.as_slice()),
+            Self::Q8_0 { scales, quants } => {
+                size_of_val(scales.as_slice()) + size_of_val(quants.as_slice())
+            }
+        }
+    }
+}
+
 /// Weights of one transformer layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerWeights {
@@ -67,4 +79,36 @@ pub struct LlamaWeights {
     pub output_norm: Vec<f32>,
     /// Output projection, `[vocab, hidden]`; `None` when it is tied to the embedding.
     pub output: Option<Matrix>,
+}
+
+impl LlamaWeights {
+    /// All numbers; an output projection that is tied to the embedding counts once.
+    #[must_use]
+    pub fn num_weights(&self) -> usize {
+        let of_matrices: usize = self.matrices().iter().map(|m| m.in_len * m.out_len).sum();
+        of_matrices + self.norms().map(<[f32]>::len).sum::<usize>()
+    }
+
+    /// Their memory, as they leave the file.
+    #[must_use]
+    pub fn num_bytes(&self) -> usize {
+        let of_matrices: usize = self.matrices().iter().map(|m| m.data.num_bytes()).sum();
+        of_matrices + self.norms().map(size_of_val).sum::<usize>()
+    }
+
+    fn matrices(&self) -> Vec<&Matrix> {
+        let mut all = vec![&self.embedding];
+        for layer in &self.layers {
+            all.extend([&layer.query, &layer.key, &layer.value, &layer.attention_output]);
+            all.extend([&layer.gate, &layer.up, &layer.down]);
+        }
+        all.extend(&self.output);
+        all
+    }
+
+    fn norms(&self) -> impl Iterator<Item = &[f32]> {
+        let of_layers =
+            self.layers.iter().flat_map(|layer| [&layer.attention_norm[..], &layer.ffn_norm[..]]);
+        of_layers.chain([&self.output_norm[..]])
+    }
 }

@@ -105,9 +105,39 @@ pub struct Assembly {
     pub engine: Engine,
     /// What the edge knows of the verifier.
     served: ServedModel,
+    /// The verifier's, then the draft's if there is one.
+    sizes: Vec<ModelSize>,
+}
+
+/// How large a loaded model is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelSize {
+    /// The model's own name.
+    pub name: String,
+    /// Numbers altogether.
+    pub num_weights: usize,
+    /// Their memory in the format they are computed in.
+    pub weight_bytes: usize,
+}
+
+impl ModelSize {
+    fn of(model: &LoadedModel) -> Self {
+        let weights = &model.weights;
+        Self {
+            name: model.name.clone(),
+            num_weights: weights.num_weights(),
+            weight_bytes: weights.num_bytes(),
+        }
+    }
 }
 
 impl Assembly {
+    /// How large the models are: the verifier, then the draft if there is one.
+    #[must_use]
+    pub fn sizes(&self) -> &[ModelSize] {
+        &self.sizes
+    }
+
     /// The verifier's tokenizer.
     #[must_use]
     pub fn tokenizer(&self) -> &Tokenizer {
@@ -139,7 +169,7 @@ pub(crate) fn start(
     clock: Arc<dyn Clock>,
     metrics: &Metrics,
 ) -> Result<(Backend, EngineThread), StartupError> {
-    let Assembly { engine, served } = assemble(config, Arc::clone(&clock))?;
+    let Assembly { engine, served, sizes: _ } = assemble(config, Arc::clone(&clock))?;
     let recorder = metrics.engine_starts(served.to_name());
     let (engine, thread) = runner::spawn(engine, config.requests_max(), recorder)?;
     Ok((Backend { model: Arc::new(served), engine, clock }, thread))
@@ -161,6 +191,7 @@ pub fn assemble(config: &Config, clock: Arc<dyn Clock>) -> Result<Assembly, Star
     }
     let num_blocks = kv_blocks(models.kv, &verifier.config, config.engine.max_running)?;
     log_sizes(&verifier, draft.as_ref(), num_blocks);
+    let sizes = std::iter::once(&verifier).chain(&draft).map(ModelSize::of).collect();
     let options = ModelProposerOptions {
         target_vocab_size: verifier.config.vocab_size,
         ..ModelProposerOptions::default()
@@ -180,7 +211,7 @@ pub fn assemble(config: &Config, clock: Arc<dyn Clock>) -> Result<Assembly, Star
         token_bytes: served.tokenizer.token_bytes(),
         clock,
     });
-    Ok(Assembly { engine, served })
+    Ok(Assembly { engine, served, sizes })
 }
 
 /// The verifier, split into what the edge and what the engine needs.

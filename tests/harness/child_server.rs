@@ -8,6 +8,8 @@ use std::sync::mpsc::{Receiver, channel};
 
 use serde_json::Value;
 
+use crate::micro_pair;
+
 /// A running `serve` on a free loopback port. Dropping it ends the process.
 #[derive(Debug)]
 pub struct ChildServer {
@@ -17,8 +19,8 @@ pub struct ChildServer {
 }
 
 impl ChildServer {
-    /// Starts this program with these arguments behind `serve` and waits until it is ready. No
-    /// setting of the environment reaches it.
+    /// Starts this program with these arguments behind `serve` on the micro pair and waits until it
+    /// is ready. No setting of the environment reaches it.
     ///
     /// # Panics
     /// When it does not get that far.
@@ -30,7 +32,8 @@ impl ChildServer {
                 command.env_remove(name);
             }
         }
-        command.args(["serve", "--listen", "127.0.0.1:0", "--log-format", "json"]).args(args);
+        command.args(["serve", "--listen", "127.0.0.1:0", "--log-format", "json"]);
+        command.args(micro_pair::FLAGS).args(args);
         let mut process = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let stderr = BufReader::new(process.stderr.take().expect("piped"));
         let (sender, log) = channel();

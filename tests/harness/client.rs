@@ -13,29 +13,44 @@ use slipstream_server::local::LocalServer;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status, Streaming};
 
+use crate::micro_pair;
+
 /// Far longer than anything here takes: only a server that hangs reaches it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A client of the service under test.
 pub type Client = CompletionsClient<Channel>;
 
-/// Settings of a server with the embedded pair; `change` makes them the test's own.
+/// Settings of a server with the micro pair; `change` makes them the test's own.
 ///
 /// # Panics
 /// When the settings are refused.
 pub fn config(change: impl FnOnce(&mut ModelFlags)) -> Config {
-    let mut flags = ModelFlags::default();
+    let mut flags = micro_pair::flags();
     change(&mut flags);
-    Config::new(&flags, EdgeConfig::with_grace(Duration::from_secs(20)))
+    checked(&flags)
+}
+
+/// Settings of a server that was told nothing about models: it has the embedded pair.
+///
+/// # Panics
+/// When the settings are refused.
+#[must_use]
+pub fn embedded_config() -> Config {
+    checked(&ModelFlags::default())
+}
+
+fn checked(flags: &ModelFlags) -> Config {
+    Config::new(flags, EdgeConfig::with_grace(Duration::from_secs(20)))
         .expect("the test's settings are valid")
 }
 
-/// A ready server with the embedded pair.
+/// A ready server with the micro pair.
 ///
 /// # Panics
 /// When it does not start.
 pub async fn start(change: impl FnOnce(&mut ModelFlags)) -> LocalServer {
-    LocalServer::start(config(change)).await.expect("the embedded pair starts")
+    LocalServer::start(config(change)).await.expect("the micro pair starts")
 }
 
 /// A client on the server's own connection.

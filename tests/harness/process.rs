@@ -7,6 +7,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::micro_pair;
+
 /// A running `serve` on a free loopback port. Dropping it ends the process.
 #[derive(Debug)]
 pub struct ServerProcess {
@@ -16,8 +18,8 @@ pub struct ServerProcess {
 }
 
 impl ServerProcess {
-    /// Starts `program serve` with these flags, without the environment's settings, and waits until
-    /// it is ready.
+    /// Starts `program serve` on the micro pair with these flags, without the environment's
+    /// settings, and waits until it is ready.
     ///
     /// # Panics
     /// With the log, when the server ends before it is ready.
@@ -31,6 +33,7 @@ impl ServerProcess {
         }
         let mut process = command
             .args(["serve", "--listen", "127.0.0.1:0", "--log-format", "json"])
+            .args(micro_pair::FLAGS)
             .args(flags)
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -6,8 +6,14 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
-/// What every server here is started with: a free port, and a log that can be read.
-pub const SERVE: [&str; 5] = ["serve", "--listen", "127.0.0.1:0", "--log-format", "json"];
+use crate::micro_pair;
+
+/// What every server here is started with: a free port, a log that can be read, and the micro pair.
+pub const SERVE: [&str; 9] = {
+    let [model, verifier, draft_model, draft] = micro_pair::FLAGS;
+    let [listen, log] = ["--listen", "--log-format"];
+    ["serve", listen, "127.0.0.1:0", log, "json", model, verifier, draft_model, draft]
+};
 
 /// A running server. Dropping it ends the process.
 #[derive(Debug)]

@@ -30,6 +30,11 @@ const SPLIT_LLAMA3: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 );
+/// Qwen 2's: Llama 3's with digits one by one. No key asks for a normal form, so there is none.
+const SPLIT_QWEN2: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+);
 /// What files without a more exact name are split by, one rule after the other.
 const SPLIT_DEFAULT: [&str; 4] =
     [r"[\p{P}\$\+<=>\^~\|]+", SPLIT_GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"];
@@ -212,11 +217,12 @@ fn byte_level_parts(metadata: Metadata<'_>, vocab: &Vocabulary<'_>) -> Result<Pa
     let splits: &[&str] = match name {
         "gpt-2" => &[SPLIT_GPT2],
         "default" => &SPLIT_DEFAULT,
+        "qwen2" => &[SPLIT_QWEN2],
         "smollm" | "starcoder" | "refact" | "codeshell" => &[r"\p{N}", SPLIT_GPT2],
         _ if is_llama3 => &[SPLIT_LLAMA3],
         other => {
             let what = format!("{} = \"{}\"", key_name("tokenizer.ggml.pre"), shown(other));
-            let reason = "gpt-2, default, llama-bpe and smollm are";
+            let reason = "gpt-2, default, llama-bpe, qwen2 and smollm are";
             return Err(LoadError::unsupported(what, reason));
         }
     };
