@@ -58,13 +58,13 @@ async fn begin_unread(client: &Client) -> Streaming<v1::GenerateEvent> {
     events
 }
 
-/// Completions in progress, as the server counts them: one that is unread is, even when the engine
-/// has long been done with it.
 async fn metrics(server: &LocalServer) -> Page {
     let page = plain_http::request(server.address(), "GET", "/metrics").await.body;
     Page::parse(&page).expect("a page of metrics")
 }
 
+/// Completions in progress, as the server counts them: one that is unread is, even when the engine
+/// has long been done with it.
 async fn num_calls(server: &LocalServer) -> f64 {
     let page = metrics(server).await;
     let method = [("method", "slipstream.v1.Completions/Generate")];

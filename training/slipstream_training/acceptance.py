@@ -1,8 +1,7 @@
 """How often a draft's proposal equals the verifier's token when both share one noise.
 
-Owns the closed form, its short form for training, and what follows from an acceptance: tokens per step
-and speed-up. `p` is the verifier's distribution, `q` the draft's, both `[..., V]` and already shaped by
-the temperature.
+Owns the closed form, its short form for training, and the tokens per step that follow. `p` is the verifier's
+distribution, `q` the draft's, both `[..., V]` and already shaped by the temperature.
 """
 
 from dataclasses import dataclass
@@ -77,20 +76,6 @@ def walk_steps(agrees: Tensor, draft_len: int) -> Steps:
     return Steps(tokens / max(1, steps), shares)
 
 
-def expected_tokens(chances: Tensor, draft_len: int) -> float:
-    """Mean tokens per step when position `t` of `chances [B, T]` is accepted with that chance, from every start.
-
-    `1 + sum_j prod_{i <= j} chance_{t+i}` (arXiv 2211.17192, eq. 1, with a chance per position).
-    """
-    windows = chances.unfold(1, draft_len, 1)
-    return 1.0 + windows.cumprod(-1).sum(-1).mean().item()
-
-
-def speed_up(acceptance: float, draft_len: int, cost_ratio: float, verify_ratio: float) -> float:
-    """Expected gain over one token per verifier step (arXiv 2211.17192, theorem 3.8, with a price for verifying).
-
-    `cost_ratio` is the time of one draft step, `verify_ratio` that of verifying draft_len + 1 rows, both
-    over the time of a plain verifier step.
-    """
-    tokens = sum(acceptance**position for position in range(draft_len + 1))
-    return tokens / (verify_ratio + draft_len * cost_ratio)
+def drawn(chances: Tensor) -> Tensor:
+    """Accepted or not, `[B, T]`, drawn with the chance at each position: what `walk_steps` replays."""
+    return torch.rand(chances.shape, generator=torch.Generator().manual_seed(41)) < chances.cpu()

@@ -88,6 +88,14 @@ def is_permissive(expression: str | None) -> bool:
     return any(" ".join(choice.split()) in PERMISSIVE for choice in flat.split(" OR "))
 
 
+def output_of(command: list[str], workspace: Path) -> str:
+    """What a command prints; its own complaints are shown, and a failure is an error of one line."""
+    done = subprocess.run(command, cwd=workspace, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise ValueError(f"`{' '.join(command)}` failed; did `cargo fetch` run?")
+    return done.stdout
+
+
 def version_key(version: str) -> tuple[int, ...]:
     """Orders versions by their numbers, enough to prefer the newest of one crate."""
     return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0]))
@@ -96,7 +104,7 @@ def version_key(version: str) -> tuple[int, ...]:
 def dependency_packages(workspace: Path) -> list[dict]:
     """The registry packages of `cargo metadata --locked`, newest version of each name, by name."""
     command = ["cargo", "metadata", "--format-version", "1", "--locked", "--offline"]
-    metadata = json.loads(subprocess.run(command, cwd=workspace, check=True, capture_output=True).stdout)
+    metadata = json.loads(output_of(command, workspace))
     newest: dict[str, dict] = {}
     for package in metadata["packages"]:
         if package["source"] is None or not is_permissive(package["license"]) or package["name"] in BINDINGS:
@@ -161,11 +169,12 @@ def library_files(root: Path) -> Iterator[SourceFile]:
 
 
 def standard_library(workspace: Path, seen: set[str]) -> list[Crate]:
-    """The standard library as the workspace's toolchain ships it; empty where its documentation is absent."""
-    command = ["rustc", "--print", "sysroot"]
-    sysroot = subprocess.run(command, cwd=workspace, check=True, capture_output=True, text=True).stdout.strip()
-    release = subprocess.run(["rustc", "--version"], cwd=workspace, check=True, capture_output=True, text=True).stdout
+    """The standard library as the workspace's toolchain ships it."""
+    sysroot = output_of(["rustc", "--print", "sysroot"], workspace).strip()
+    release = output_of(["rustc", "--version"], workspace)
     pages = Path(sysroot) / "share" / "doc" / "rust" / "html" / "src"
+    if not pages.is_dir():
+        raise ValueError("the toolchain's documentation is absent: rustup component add rust-docs")
     return [
         Crate(name, release.split()[1], "MIT OR Apache-2.0", keep_new(library_files(pages / name), seen))
         for name in STANDARD_LIBRARY

@@ -43,7 +43,7 @@ def sample_pool(
     Kept at `path`, and read from there when an earlier run has left it.
     """
     if path is not None and path.exists():
-        return torch.load(path, weights_only=True)
+        return torch.load(path, weights_only=True, map_location=windows.stream.device)
     device = windows.stream.device
     generator = torch.Generator(device).manual_seed(11)
     run = Run("samples", budget, None, {})
@@ -59,7 +59,8 @@ def sample_pool(
     pool = torch.cat(rows)
     pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(12)).to(device)]
     if path is not None:
-        torch.save(pool, path)
+        torch.save(pool, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
     return pool
 
 

@@ -108,6 +108,10 @@ def check_out(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, flag)
         if path is not None and path.resolve().is_relative_to(out.resolve()):
             raise Refusal(f"--out: {out} holds what --{flag.replace('_', '-')} names; name a folder of its own")
+    work = arguments.work_dir or out.with_name(out.name + ".work")
+    for flag, path in (("out", out), ("work-dir", work)):
+        if path.resolve().is_relative_to(arguments.corpus.resolve()):
+            raise Refusal(f"--{flag}: {path} lies inside --corpus and would be learnt from; name a folder outside")
     if out.exists() and not out.is_dir():
         raise Refusal(f"--out: {out} is a file; name a folder")
     if out.is_dir() and any(out.iterdir()):

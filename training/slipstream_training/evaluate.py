@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .acceptance import coupled_acceptance, expected_tokens, overlap, walk_steps
+from .acceptance import coupled_acceptance, drawn, overlap, walk_steps
 from .data import Windows
 from .network import Llama
 from .sampling import continue_prompts, gumbel
@@ -61,7 +61,7 @@ class Tally:
         rejection sampling would accept. At temperature 0 all three are the share of equal argmax.
 
         `tokens_per_step` and `by_position` come from replaying steps over the texts (`by_position` at the
-        longest draft_len), `rejection_tokens_per_step_4` from the chances at each position.
+        longest draft_len), `rejection_tokens_per_step_4` from acceptances drawn with the chance at each position.
         """
         agree = torch.cat(self.agree)
         chances = torch.cat(self.kept) if self.kept else agree.float()
@@ -72,7 +72,7 @@ class Tally:
             "rejection": chances.mean().item(),
             "by_position": walk_steps(agree, DRAFT_LENS[-1]).by_position,
             "tokens_per_step": {str(length): walk_steps(agree, length).tokens_per_step for length in DRAFT_LENS},
-            "rejection_tokens_per_step_4": expected_tokens(chances, 4),
+            "rejection_tokens_per_step_4": walk_steps(drawn(chances), 4).tokens_per_step,
         }
 
 

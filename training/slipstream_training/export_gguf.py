@@ -4,7 +4,7 @@ Owns the mapping from Hugging Face tensor names to GGUF names, the row order of 
 GGUF convention for `llama` asks for, Q8_0 quantisation, and the metadata. Knows nothing of training.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -42,7 +42,6 @@ class Card:
     name: str
     license: str
     description: str = ""
-    extra: dict[str, str] = field(default_factory=dict)
 
 
 def gguf_name(name: str) -> str:
@@ -130,8 +129,6 @@ def add_metadata(writer: gguf.GGUFWriter, shape: LlamaShape, card: Card) -> None
     writer.add_license(card.license)
     if card.description:
         writer.add_description(card.description)
-    for key, value in card.extra.items():
-        writer.add_string(key, value)
     writer.add_context_length(shape.max_position_embeddings)
     writer.add_embedding_length(shape.hidden_size)
     writer.add_block_count(shape.num_hidden_layers)

@@ -43,7 +43,7 @@ class Run:
         self.before = 0.0
         self.smooth: float | None = None
         if path is not None and path.exists():
-            self.restore(torch.load(path, weights_only=True))
+            self.restore(torch.load(path, weights_only=True, map_location="cpu"))
         self.start = self.saved = time.monotonic()
         self.bar = tqdm(
             total=budget.seconds, initial=min(self.before, budget.seconds), desc=label, leave=True,

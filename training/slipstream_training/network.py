@@ -166,7 +166,3 @@ class Llama(nn.Module):
                 depth = (2 * self.shape.num_hidden_layers) ** -0.5
                 scale = depth if "o_proj" in name or "down_proj" in name else 1.0
                 weight.normal_(0.0, scale * weight.shape[1] ** -0.5, generator=generator)
-
-    def parameter_count(self) -> int:
-        """Number of stored weights."""
-        return sum(weight.numel() for weight in self.parameters())

@@ -15,7 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as Quant
 
 from .baselines import NGram, xz_bits_per_byte
-from .card import completion_blocks, four_bit_loss, write_card
+from .card import STRETCHED, completion_blocks, four_bit_loss, write_card
 from .data import Windows, decode_stream, token_byte_lengths
 from .distill import Student, distill, sample_pool
 from .evaluate import NEW_TOKENS, PROMPT_TOKENS, acceptances, argmax_agreement, prediction
@@ -42,7 +42,17 @@ class Pair:
         self.plan, self.arguments = plan, arguments
         self.work: Path = arguments.work_dir
         self.started = time.monotonic()
+        self.claim_work()
         self.text: Text = prepare_text(REPOSITORY, plan.verifier.vocab_size, plan.rules, self.work)
+
+    def claim_work(self) -> None:
+        """Refuses a work folder that another plan, size or seed has begun in."""
+        facts = {"plan": self.plan.title, "miniature": self.arguments.miniature, "seed": self.arguments.seed}
+        path = self.work / "run.json"
+        if path.exists() and json.loads(path.read_text()) != facts:
+            raise ValueError(f"--work-dir: {self.work} holds another run, {path.read_text()}; take another folder")
+        self.work.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(facts))
 
     def windows(self, seed: int) -> Windows:
         """Training windows on the device."""
@@ -99,14 +109,14 @@ class Pair:
         return {f"{name}_seconds": run.elapsed(), f"{name}_tokens": run.tokens / 1e6}
 
     def sweep(self, verifier: Llama, rows: torch.Tensor) -> dict:
-        """Acceptance on the validation crates by shape and by loss, after equal time on equal text."""
+        """Acceptance on the validation crates by shape and by loss, after equal text."""
         if self.plan.sweep_seconds == 0:
             return {"rows": []}
         if (done := self.kept("sweep")) is not None:
             return done
         students = [Student(name, self.fresh(name, 1)) for name in self.plan.drafts]
         chosen = self.plan.chosen
-        students.append(Student(f"{chosen}, last quarter on acceptance", self.fresh(chosen, 1), STRETCH))
+        students.append(Student(chosen + STRETCHED, self.fresh(chosen, 1), STRETCH))
         cost = self.teach(students, verifier, rows, self.plan.sweep_seconds, "sweep")
         networks = {student.name: student.network.eval().requires_grad_(False) for student in students}
         table = []
@@ -237,6 +247,8 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     plan = miniature(PLANS[arguments.plan]) if arguments.miniature else PLANS[arguments.plan]
+    if arguments.part_seconds is not None and arguments.part_seconds <= 2 * plan.sampling_seconds:
+        raise ValueError(f"--part-seconds: must be over {2 * plan.sampling_seconds:.0f}: sampling is not interrupted")
     arguments.out = arguments.out or REPOSITORY / "models" / plan.folder
     pair = Pair(plan, arguments)
     if arguments.until == "text":

@@ -118,12 +118,3 @@ def write_pieces(folder: Path, out: Path, size: int) -> None:
         content = path.read_bytes()
         for number, start in enumerate(range(0, max(1, len(content)), size)):
             (out / f"{path.name}.{number:02}").write_bytes(content[start : start + size])
-
-
-def join_pieces(pieces: Path, out: Path) -> None:
-    """Puts together what `write_pieces` cut."""
-    out.mkdir(parents=True, exist_ok=True)
-    names = sorted({path.name.rsplit(".", 1)[0] for path in pieces.iterdir() if path.is_file()})
-    for name in names:
-        parts = sorted(path for path in pieces.iterdir() if path.name.rsplit(".", 1)[0] == name)
-        (out / name).write_bytes(b"".join(part.read_bytes() for part in parts))

@@ -314,7 +314,11 @@ class Refusals(Folder):
         self.refused("no text found in .*it is empty", corpus=empty)
         self.refused("1 records without a text in prompt or text.; name the field with --field", corpus=records)
         self.refused("tokens to learn from; one window takes 257", corpus=short)
-        self.refused("--work-dir: .* is not empty", work_dir=self.corpus())
+        self.refused("--work-dir: .* lies inside --corpus", work_dir=self.corpus())
+        busy = self.folder / "busy"
+        busy.mkdir()
+        (busy / "note.txt").write_text("mine")
+        self.refused("--work-dir: .* is not empty", work_dir=busy)
         self.refused("--out: .* holds what --work-dir names", work_dir=self.folder / "out" / "work")
         (self.folder / "full").mkdir()
         (self.folder / "full" / "model.safetensors").write_text("precious")

@@ -37,6 +37,10 @@ class Acceptance(unittest.TestCase):
         self.assertAlmostEqual(steps.tokens_per_step, (3 + 2 + 1) / 3)
         self.assertEqual(steps.by_position, [2 / 3, 1 / 2])
 
+    def test_certain_chances_are_drawn_as_they_are(self) -> None:
+        agrees = torch.rand(4, 90, generator=torch.Generator().manual_seed(10)) < 0.6
+        self.assertEqual(acceptance.walk_steps(acceptance.drawn(agrees.float()), 4), acceptance.walk_steps(agrees, 4))
+
 
 class Baselines(unittest.TestCase):
     """The 5-gram model is a distribution, and uses its history."""
