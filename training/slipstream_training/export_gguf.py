@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as Quant
 
 from . import quant4
 from .shape import LlamaShape
+from .tokenizer import END_OF_TEXT
 
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
@@ -102,7 +103,7 @@ def dequantised_weights(weights: dict[str, np.ndarray], matrices: Quant) -> dict
     return result
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, tokenizer_json: dict, rules: str, end_of_text: str) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer_json: dict, rules: str) -> None:
     """Embeds a byte-level BPE tokenizer given as a parsed tokenizer.json; `rules` names how it splits text."""
     vocabulary = tokenizer_json["model"]["vocab"]
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
@@ -111,7 +112,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer_json: dict, rules: str, end
     control = {token["content"] for token in tokenizer_json["added_tokens"] if token["special"]}
     kinds = [gguf.TokenType.CONTROL if token in control else gguf.TokenType.NORMAL for token in tokens]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer_json["model"]["merges"]]
-    end_id = vocabulary[end_of_text]
+    end_id = vocabulary[END_OF_TEXT]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(rules)
     writer.add_token_list(tokens)
@@ -152,14 +153,13 @@ def write_gguf(
     card: Card,
     matrices: Quant,
     rules: str = "gpt-2",
-    end_of_text: str = "<|endoftext|>",
 ) -> None:
     """Writes `weights` (Hugging Face names, float32) to `path`; tied heads simply have no `lm_head.weight`."""
     writer = gguf.GGUFWriter(path, "llama")
     add_metadata(writer, shape, card)
     writer.add_file_type(FILE_TYPES[matrices])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_tokenizer(writer, tokenizer_json, rules, end_of_text)
+    add_tokenizer(writer, tokenizer_json, rules)
     heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}
     for name in sorted(weights):
         weight = np.ascontiguousarray(weights[name], dtype=np.float32)

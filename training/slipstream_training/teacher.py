@@ -89,9 +89,8 @@ class Teacher:
     Weights are float32 whatever the files hold, as slipstream itself widens them.
     """
 
-    def __init__(self, model: torch.nn.Module, config: dict):
+    def __init__(self, model: torch.nn.Module):
         self.model = model.eval().requires_grad_(False)
-        self.config = config
         self.parameters = sum(weight.numel() for weight in model.parameters())
         self.context = int(getattr(model.config, "max_position_embeddings", 2048))
 
@@ -123,7 +122,7 @@ def read_teacher(folder: Path, device: str) -> Teacher:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    config = read_config(folder)
+    read_config(folder)  # refuses what slipstream does not serve
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -136,7 +135,7 @@ def read_teacher(folder: Path, device: str) -> Teacher:
     unknown = [name for name in report["unexpected_keys"] if not name.endswith(".rotary_emb.inv_freq")]
     if wrong := sorted([*report["missing_keys"], *unknown, *map(str, report["mismatched_keys"])]):
         raise Refusal(f"--verifier: {folder}: weights missing, unknown or of another shape: {', '.join(wrong[:3])}")
-    return Teacher(model.to(device), config)
+    return Teacher(model.to(device))
 
 
 def digest(folder: Path) -> str:

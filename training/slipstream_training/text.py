@@ -46,7 +46,7 @@ def read_text(folder: Path) -> Text:
 
 
 def prepare_text(repository: Path, vocabulary: int, rules: str, work: Path) -> Text:
-    """Collects the corpus and returns its streams, from the cache when the same corpus was encoded before.
+    """Collects the corpus and returns its streams, from the work folder when they are there.
 
     A work folder that already has a finished `text` is taken as it is: so a machine without cargo and
     without the sources can train on streams that another one prepared.
