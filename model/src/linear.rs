@@ -6,6 +6,7 @@ use std::ops::Range;
 use crate::kernels::packed::{PackedF32, PackedQ8, STRIP_LEN, StripOutput};
 use crate::kernels::team::Team;
 use crate::kernels::{self, Isa, QUANT_BLOCK_LEN, QuantRows};
+use crate::load::{unpack_q4_0, widen};
 use crate::packed::ModelError;
 use crate::weights::{Matrix, MatrixData};
 
@@ -52,6 +53,17 @@ impl Linear {
                     return Err(wrong(format!("{} numbers", data.len())));
                 }
                 Packed::F32(PackedF32::pack(out_len, in_len, &data).map_err(no_memory)?)
+            }
+            MatrixData::F16(_) | MatrixData::Bf16(_) => {
+                let data = MatrixData::F32(widen(&data));
+                return Self::pack(name, Matrix { out_len, in_len, data }, shape);
+            }
+            MatrixData::Q4_0 { scales, quants } => {
+                if quants.len().checked_mul(2) != Some(num_weights) {
+                    return Err(wrong(format!("{} bytes of quants", quants.len())));
+                }
+                let data = MatrixData::Q8_0 { scales, quants: unpack_q4_0(&quants) };
+                return Self::pack(name, Matrix { out_len, in_len, data }, shape);
             }
             MatrixData::Q8_0 { scales, quants } => {
                 if !in_len.is_multiple_of(QUANT_BLOCK_LEN) {
