@@ -1,6 +1,6 @@
-//! Owns the way of one tensor's numbers from a file into a format in memory, piece by piece, so that
-//! neither the file nor a widened copy of a large tensor is ever in memory as a whole. Numbers that
-//! the format cannot hold are refused. Knows types and blocks; knows no tensor's meaning.
+//! Owns the way of one tensor's numbers from a file into a format in memory, piece by piece, so
+//! that neither the file nor a widened copy of a large tensor is ever in memory as a whole. Numbers
+//! that the format cannot hold are refused. Knows types and blocks; knows no tensor's meaning.
 
 use std::borrow::Cow;
 use std::num::NonZero;

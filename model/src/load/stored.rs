@@ -1,5 +1,5 @@
-//! Owns the types that tensors have in files and the ones that they are held in: their blocks, their
-//! names, and which becomes which. Knows where a tensor lies; reads nothing.
+//! Owns the types that tensors have in files and the ones that they are held in: their blocks,
+//! their names, and which becomes which. Knows where a tensor lies; reads nothing.
 
 use candle_core::quantized::GgmlDType;
 
