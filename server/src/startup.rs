@@ -236,7 +236,7 @@ fn served(
         draft_len_max: config.engine.draft_len_max,
         draft: None,
     };
-    let transformer = transformer(facts, weights, num_blocks, config.models.threads)
+    let transformer = transformer(VERIFIER, facts, weights, num_blocks, config.models.threads)
         .map_err(|source| StartupError::Model { role: VERIFIER, source })?;
     Ok((served, transformer))
 }
@@ -247,19 +247,24 @@ fn proposer(
     threads: usize,
     options: ModelProposerOptions,
 ) -> Result<Box<dyn Proposer>, StartupError> {
-    let transformer = transformer(model.config, model.weights, num_blocks, threads)
+    let transformer = transformer(DRAFT, model.config, model.weights, num_blocks, threads)
         .map_err(|source| StartupError::Model { role: DRAFT, source })?;
     Ok(Box::new(ModelProposer::new(Box::new(transformer), FIRST_EPOCH, options)))
 }
 
 fn transformer(
+    role: &'static str,
     config: LlamaConfig,
     weights: LlamaWeights,
     num_blocks: usize,
     threads: usize,
 ) -> Result<Transformer, ModelError> {
     let packed = Arc::new(PackedLlama::pack(config, weights)?);
-    Transformer::new(packed, TransformerOptions { num_blocks, threads, isa: Isa::detect() })
+    let options = TransformerOptions { num_blocks, threads, isa: Isa::detect() };
+    let mut transformer = Transformer::new(packed, options)?;
+    let sharing = transformer.choose_sharing();
+    tracing::debug!(role, ?sharing, "chose which products the threads share");
+    Ok(transformer)
 }
 
 fn load_model(
