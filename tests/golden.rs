@@ -14,6 +14,7 @@ use slipstream_model::config::RopeScaling;
 use slipstream_model::forward::{Forward, Logits};
 use slipstream_model::ids::{BLOCK_LEN, BlockId, TokenId};
 use slipstream_model::kernels::Isa;
+use slipstream_model::kv_pool::KvType;
 use slipstream_model::load::{
     LoadOptions, LoadStage, LoadedModel, ModelSource, WeightFormat, dequantize_q8_0, load,
 };
@@ -151,7 +152,7 @@ fn check_rounded(label: &str, model: &LoadedModel, golden: &Golden, rounding: f6
 fn transformer_logits(model: &LoadedModel, isa: Isa, tokens: &[TokenId]) -> Vec<f32> {
     let num_blocks = tokens.len().div_ceil(BLOCK_LEN);
     let packed = PackedLlama::pack(model.config.clone(), model.weights.clone()).unwrap();
-    let options = TransformerOptions { num_blocks, threads: 1, isa };
+    let options = TransformerOptions { num_blocks, threads: 1, isa, kv_type: KvType::F32 };
     let mut network = Transformer::new(Arc::new(packed), options).unwrap();
     let block_table: Vec<BlockId> = (0..num_blocks as u32).map(BlockId).collect();
     let mut batch = RaggedBatch::new();

@@ -6,12 +6,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::f16;
-use slipstream_model::ids::BLOCK_LEN;
 use slipstream_model::kernels::packed::{PackedF32, PackedQ8, StripOutput};
 use slipstream_model::kernels::team::Team;
-use slipstream_model::kernels::{
-    self, AMAX_MIN, EXP_ULPS, Isa, QUANT_BLOCK_LEN, QuantRows, SPLIT_LEN,
-};
+use slipstream_model::kernels::{self, AMAX_MIN, EXP_ULPS, Isa, QUANT_BLOCK_LEN, QuantRows};
 use slipstream_model::math;
 use slipstream_tests::random::Rng;
 use slipstream_tests::timing::timed;
@@ -33,7 +30,7 @@ const ODD: [f32; 10] = [
 ];
 
 /// Normal-looking numbers; about one in `odd_in` is odd instead (0: none).
-fn floats(rng: &mut Rng, len: usize, odd_in: usize) -> Vec<f32> {
+pub(crate) fn floats(rng: &mut Rng, len: usize, odd_in: usize) -> Vec<f32> {
     let mut one = || {
         if rng.one_in(odd_in) {
             return *rng.pick(&ODD);
@@ -63,7 +60,7 @@ fn same_bits(what: &str, found: &[f32], wanted: &[f32]) {
 
 /// Runs `kernel` with every implementation and holds it against the plain twin.
 #[track_caller]
-fn check(what: &str, kernel: impl Fn(Isa) -> Vec<f32>) {
+pub(crate) fn check(what: &str, kernel: impl Fn(Isa) -> Vec<f32>) {
     let wanted = kernel(Isa::Plain);
     for isa in Isa::available() {
         same_bits(&format!("{} {what} (seed {SEED})", isa.name()), &kernel(isa), &wanted);
@@ -201,40 +198,6 @@ fn row_kernels_equal_their_twins() {
                 kernels::swiglu(isa, &mut gate, &y);
                 gate
             });
-            if len <= SPLIT_LEN {
-                check(&format!("softmax {len}"), |isa| {
-                    let mut scores: Vec<f32> = x.iter().map(|x| x * 9.0).collect();
-                    let sum = kernels::softmax(isa, &mut scores);
-                    scores.extend([sum.max, sum.sum]);
-                    scores
-                });
-            }
-        }
-    });
-}
-
-#[test]
-fn attention_kernels_equal_their_twins() {
-    timed("kernels attention", 3.0, || {
-        let mut rng = Rng::new(SEED + 4);
-        for head_dim in (8..=200).step_by(8) {
-            for len in 1..=BLOCK_LEN {
-                let odd_in = [0, 0, 500][len % 3];
-                let query = floats(&mut rng, head_dim, odd_in);
-                let slots = floats(&mut rng, BLOCK_LEN * head_dim, odd_in);
-                let probabilities = floats(&mut rng, len, odd_in);
-                check(&format!("scores {head_dim}"), |isa| {
-                    let mut out = [0.0; BLOCK_LEN];
-                    kernels::scores(isa, &query, &slots, 0.25, &mut out);
-                    out.to_vec()
-                });
-                check(&format!("accumulate {head_dim} x {len}"), |isa| {
-                    let mut out = query.clone();
-                    let values = &slots[..len * head_dim];
-                    kernels::accumulate(isa, &probabilities, values, &mut out);
-                    out
-                });
-            }
         }
     });
 }

@@ -7,15 +7,16 @@
 
 use std::sync::Arc;
 
-use crate::attention::{Attention, RowPlace};
+use crate::attention::{Attention, AttentionScratch, RowPlace};
 use crate::batch::RaggedBatch;
 use crate::forward::{Forward, ForwardError, ForwardLimits, Logits};
 use crate::kernels::{self, Isa};
-use crate::kv_pool::{KvPool, Slot};
+use crate::kv_pool::{KvPool, KvPoolOptions, KvType, Slot};
 use crate::linear::{Compute, InputRows, Linear};
 use crate::packed::{ModelError, PackedLayer, PackedLlama};
 
-/// How a [`Transformer`] runs. Nothing here can change an output bit.
+/// How a [`Transformer`] runs. Nothing here can change an output bit, the type of keys and values
+/// excepted.
 #[derive(Clone, Copy, Debug)]
 pub struct TransformerOptions {
     /// Blocks of the KV pool.
@@ -24,6 +25,8 @@ pub struct TransformerOptions {
     pub threads: usize,
     /// Implementation of the kernels; [`Isa::detect`] unless a test wants another.
     pub isa: Isa,
+    /// Type of keys and values in the pool.
+    pub kv_type: KvType,
 }
 
 /// A Llama network (RMSNorm, rotary embeddings, grouped-query attention, SwiGLU) with its KV pool.
@@ -55,6 +58,7 @@ struct Scratch {
     up: Vec<f32>,
     /// What a block adds to the residual stream, `[rows, hidden]`.
     update: Vec<f32>,
+    attention: AttentionScratch,
 }
 
 impl Transformer {
@@ -63,15 +67,21 @@ impl Transformer {
     /// # Errors
     /// When the pool does not fit into memory or the system refuses a thread.
     pub fn new(model: Arc<PackedLlama>, options: TransformerOptions) -> Result<Self, ModelError> {
-        let pool = KvPool::new(model.config(), options.num_blocks)
+        let TransformerOptions { num_blocks, threads, isa, kv_type } = options;
+        let pool = KvPool::new(model.config(), KvPoolOptions { num_blocks, kv_type, isa })
             .map_err(|bytes| ModelError::OutOfMemory { what: "the KV pool".to_owned(), bytes })?;
-        let compute = Compute::new(options.isa, options.threads)?;
+        let compute = Compute::new(isa, threads)?;
         Ok(Self { model, pool, compute, scratch: Scratch::default() })
     }
 
     /// See [`Compute::share_products_from`].
     pub fn share_products_from(&mut self, macs: usize) {
         self.compute.share_products_from(macs);
+    }
+
+    /// See [`AttentionScratch::share_from`].
+    pub fn share_attention_from(&mut self, macs: usize, partial_floats: usize) {
+        self.scratch.attention.share_from(macs, partial_floats);
     }
 
     /// The weights it runs on.
@@ -122,7 +132,7 @@ impl Transformer {
     fn attend(&mut self, batch: &RaggedBatch, index: usize, layer: &PackedLayer) {
         let config = self.model.config();
         let num_rows = batch.num_rows();
-        let Scratch { places, hidden, input, queries, keys, values, update, .. } =
+        let Scratch { places, hidden, input, queries, keys, values, update, attention, .. } =
             &mut self.scratch;
         let compute = &mut self.compute;
         let eps = config.norm_eps;
@@ -149,6 +159,7 @@ impl Transformer {
             queries,
             head_dim: config.head_dim,
             group_len: config.group_len(),
+            scratch: attention,
         };
         attention.run(&mut compute.team, input.write(num_rows, query_len));
         project(compute, &layer.attention_output, input, update, num_rows);

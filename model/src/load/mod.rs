@@ -30,6 +30,7 @@ use crate::config::LlamaConfig;
 use crate::digest::ModelDigest;
 use crate::error;
 pub use crate::error::LoadError;
+use crate::kv_pool::KvType;
 use crate::tokenizer::{NamedIds, Tokenizer};
 use crate::weights::LlamaWeights;
 
@@ -66,13 +67,20 @@ pub struct LoadOptions {
     pub context_limit: Option<usize>,
     /// Format in memory; `None` keeps the file's (f16 and bf16 become f32).
     pub format: Option<WeightFormat>,
+    /// Type of keys and values that the network will run with: part of the model's identity.
+    pub kv_type: KvType,
     /// Most memory that loading may take at its peak, the file's own bytes included.
     pub memory_budget_bytes: u64,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { context_limit: None, format: None, memory_budget_bytes: DEFAULT_MEMORY_BUDGET_BYTES }
+        Self {
+            context_limit: None,
+            format: None,
+            kv_type: KvType::default(),
+            memory_budget_bytes: DEFAULT_MEMORY_BUDGET_BYTES,
+        }
     }
 }
 
@@ -119,7 +127,9 @@ pub struct LoadedModel {
     pub weights: LlamaWeights,
     /// The tokenizer that came with them.
     pub tokenizer: Tokenizer,
-    /// Identity of all of the above.
+    /// Type of keys and values to run it with.
+    pub kv_type: KvType,
+    /// Identity of all of the above, the name excepted.
     pub digest: ModelDigest,
 }
 
@@ -180,7 +190,7 @@ fn load_directory(
         .canonicalize()
         .ok()
         .and_then(|dir| dir.file_name().map(|name| name.to_string_lossy().into_owned()));
-    Ok(finish(name, parsed, weights, tokenizer, progress))
+    Ok(finish(name, parsed.llama, (weights, tokenizer), options.kv_type, progress))
 }
 
 /// `owned_bytes` is what the file's bytes add to this process: nothing when they are part of it.
@@ -197,24 +207,29 @@ fn load_gguf(
     let inner_name = file.metadata().text("general.name")?.map(str::to_owned);
     let file = TensorFile::Gguf(file);
     let weights = network::read(&file, &parsed, options, owned_bytes, progress)?;
-    Ok(finish(name.or(inner_name), parsed, weights, tokenizer, progress))
+    let name = name.or(inner_name);
+    Ok(finish(name, parsed.llama, (weights, tokenizer), options.kv_type, progress))
 }
 
 fn finish(
     name: Option<String>,
-    parsed: ParsedConfig,
-    weights: LlamaWeights,
-    tokenizer: Tokenizer,
+    config: LlamaConfig,
+    (weights, tokenizer): (LlamaWeights, Tokenizer),
+    kv_type: KvType,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> LoadedModel {
-    let config = parsed.llama;
-    let digest = ModelDigest::compute(&config, &weights, &tokenizer, &mut |done, total| {
-        progress(LoadProgress { stage: LoadStage::Digest, done_bytes: done, total_bytes: total });
-    });
+    let digest =
+        ModelDigest::compute(&config, &weights, &tokenizer, kv_type, &mut |done, total| {
+            progress(LoadProgress {
+                stage: LoadStage::Digest,
+                done_bytes: done,
+                total_bytes: total,
+            });
+        });
     let name: String =
         name.unwrap_or_default().chars().filter(|c| !c.is_control()).take(MAX_NAME_CHARS).collect();
     let name = if name.is_empty() { UNNAMED.to_owned() } else { name };
-    LoadedModel { name, config, weights, tokenizer, digest }
+    LoadedModel { name, config, weights, tokenizer, kv_type, digest }
 }
 
 fn read_weights(
