@@ -13,6 +13,7 @@ use super::super::attention::{
 };
 use super::super::plain;
 use super::{exp, load, store};
+use crate::ids::BLOCK_LEN;
 
 // SAFETY (all entries): only tables of implementations that need a proof of the CPU's features hold
 // this one, so whoever calls these has the proof that the CPU has AVX2, FMA and F16C.
@@ -52,33 +53,26 @@ trait KvLanes: Copy + 'static {
     /// Eight of them, widened.
     ///
     /// # Safety
-    /// The CPU has AVX2, FMA and F16C.
-    unsafe fn load(from: &[Self; 8]) -> __m256;
+    /// The CPU has AVX2, FMA and F16C, and eight numbers can be read there.
+    unsafe fn load(from: *const Self) -> __m256;
 }
 
 impl KvLanes for f32 {
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
-    unsafe fn load(from: &[Self; 8]) -> __m256 {
-        load(from)
+    unsafe fn load(from: *const Self) -> __m256 {
+        // SAFETY: the caller's promise; the load needs no alignment.
+        unsafe { _mm256_loadu_ps(from) }
     }
 }
 
 impl KvLanes for f16 {
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
-    unsafe fn load(from: &[Self; 8]) -> __m256 {
-        // SAFETY: the reference is to 16 readable bytes; the load needs no alignment.
-        let halves = unsafe { _mm_loadu_si128(from.as_ptr().cast()) };
-        _mm256_cvtph_ps(halves)
+    unsafe fn load(from: *const Self) -> __m256 {
+        // SAFETY: the caller's promise; the load needs no alignment.
+        _mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.cast()) })
     }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn widened<T: KvLanes>(from: &[T; 8]) -> __m256 {
-    // SAFETY: the features are enabled here.
-    unsafe { T::load(from) }
 }
 
 /// Fetches numbers into the nearest cache.
@@ -97,19 +91,20 @@ const QUERY_TILE: usize = 2;
 #[target_feature(enable = "avx2,fma,f16c")]
 fn scores<T: KvLanes>(queries: &Queries<'_>, keys: BlockNumbers<'_, T>, out: &mut [f32]) {
     let Queries { numbers, head_dim, scale, column } = *queries;
-    let num_parts = head_dim / 8;
-    let (numbers, _) = numbers.as_chunks::<8>();
-    let (parts, _) = keys.now.as_chunks::<8>();
+    assert!(keys.now.len() == BLOCK_LEN * head_dim && head_dim.is_multiple_of(8), "one block");
     let scale = _mm256_set1_ps(scale);
     let tiles =
-        numbers.chunks(QUERY_TILE * num_parts).zip(out.chunks_mut(QUERY_TILE * SCORE_STRIDE));
+        numbers.chunks(QUERY_TILE * head_dim).zip(out.chunks_mut(QUERY_TILE * SCORE_STRIDE));
     let mut ahead = keys.next.chunks(fetch_len(keys.next.len(), tiles.len()));
     for (queries, out) in tiles {
         fetch(ahead.next().unwrap_or_default());
-        if queries.len() == num_parts {
+        if queries.len() < QUERY_TILE * head_dim {
+            assert_eq!(queries.len(), head_dim, "queries are whole");
             let (outs, _) = out[column..].as_chunks_mut::<8>();
-            for (keys, out) in parts.chunks_exact(8 * num_parts).zip(outs) {
-                store(out, _mm256_mul_ps(fold(dots_of_one(queries, keys)), scale));
+            for (keys, out) in keys.now.chunks_exact(8 * head_dim).zip(outs) {
+                // SAFETY: one query and eight keys of `head_dim` numbers, a multiple of 8.
+                let dots = unsafe { dots::<T, 1, 8>(queries.as_ptr(), keys.as_ptr(), head_dim) };
+                store(out, _mm256_mul_ps(fold(dots.as_flattened()), scale));
             }
             continue;
         }
@@ -117,8 +112,10 @@ fn scores<T: KvLanes>(queries: &Queries<'_>, keys: BlockNumbers<'_, T>, out: &mu
         let (firsts, _) = first[column..].as_chunks_mut::<4>();
         let (seconds, _) = second[column..].as_chunks_mut::<4>();
         let outs = firsts.iter_mut().zip(seconds);
-        for (keys, (first, second)) in parts.chunks_exact(4 * num_parts).zip(outs) {
-            let dots = _mm256_mul_ps(fold(dots_of_two(queries, keys)), scale);
+        for (keys, (first, second)) in keys.now.chunks_exact(4 * head_dim).zip(outs) {
+            // SAFETY: two queries and four keys of `head_dim` numbers, a multiple of 8.
+            let dots = unsafe { dots::<T, 2, 4>(queries.as_ptr(), keys.as_ptr(), head_dim) };
+            let dots = _mm256_mul_ps(fold(dots.as_flattened()), scale);
             store_four(first, _mm256_castps256_ps128(dots));
             store_four(second, _mm256_extractf128_ps::<1>(dots));
         }
@@ -137,43 +134,32 @@ fn store_four(to: &mut [f32; 4], value: __m128) {
     unsafe { _mm_storeu_ps(to.as_mut_ptr(), value) }
 }
 
-/// Lanes of the dot products of one query with eight keys, side by side to hide latency.
+/// Lanes of the dot products of some queries with some keys, side by side to hide latency.
+///
+/// Pointers, because the checks of slices take more time here than the arithmetic.
+///
+/// # Safety
+/// `queries` is `[QUERIES, head_dim]`, `keys` is `[KEYS, head_dim]`, `head_dim` a multiple of 8.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn dots_of_one<T: KvLanes>(query: &[[f32; 8]], keys: &[[T; 8]]) -> [__m256; 8] {
-    let num_parts = query.len();
-    let mut rows = [keys; 8];
-    for (row, key) in rows.iter_mut().zip(keys.chunks_exact(num_parts)) {
-        // Cut to a length the compiler can compare, so that the loop needs no checks.
-        *row = &key[..num_parts];
-    }
-    let mut sums = [_mm256_setzero_ps(); 8];
-    for (part, query) in query.iter().enumerate() {
-        let query = load(query);
-        for (sum, key) in sums.iter_mut().zip(rows) {
-            *sum = _mm256_fmadd_ps(query, widened(&key[part]), *sum);
+unsafe fn dots<T: KvLanes, const QUERIES: usize, const KEYS: usize>(
+    queries: *const f32,
+    keys: *const T,
+    head_dim: usize,
+) -> [[__m256; KEYS]; QUERIES] {
+    let mut sums = [[_mm256_setzero_ps(); KEYS]; QUERIES];
+    for at in (0..head_dim).step_by(8) {
+        let mut wide = [_mm256_setzero_ps(); QUERIES];
+        for (query, wide) in wide.iter_mut().enumerate() {
+            // SAFETY: eight numbers from `at` on are within each query.
+            *wide = unsafe { f32::load(queries.add(query * head_dim + at)) };
         }
-    }
-    sums
-}
-
-/// Lanes of the dot products of two queries with four keys, all of the first query first.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn dots_of_two<T: KvLanes>(queries: &[[f32; 8]], keys: &[[T; 8]]) -> [__m256; 8] {
-    let num_parts = queries.len() / 2;
-    let (first, second) = (&queries[..num_parts], &queries[num_parts..][..num_parts]);
-    let mut rows = [keys; 4];
-    for (row, key) in rows.iter_mut().zip(keys.chunks_exact(num_parts)) {
-        *row = &key[..num_parts];
-    }
-    let mut sums = [_mm256_setzero_ps(); 8];
-    for part in 0..num_parts {
-        let (first, second) = (load(&first[part]), load(&second[part]));
-        for (at, key) in rows.into_iter().enumerate() {
-            let key = widened(&key[part]);
-            sums[at] = _mm256_fmadd_ps(first, key, sums[at]);
-            sums[4 + at] = _mm256_fmadd_ps(second, key, sums[4 + at]);
+        for key in 0..KEYS {
+            // SAFETY: eight numbers from `at` on are within each key.
+            let numbers = unsafe { T::load(keys.add(key * head_dim + at)) };
+            for (sums, wide) in sums.iter_mut().zip(wide) {
+                sums[key] = _mm256_fmadd_ps(wide, numbers, sums[key]);
+            }
         }
     }
     sums
@@ -183,7 +169,7 @@ fn dots_of_two<T: KvLanes>(queries: &[[f32; 8]], keys: &[[T; 8]]) -> [__m256; 8]
 /// and packs two registers into one; the order of the pairs makes dot product j end in lane j.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn fold(sums: [__m256; 8]) -> __m256 {
+fn fold(sums: &[__m256]) -> __m256 {
     let fold_four = |a: __m256, b: __m256| {
         let low = _mm256_permute2f128_ps::<0x20>(a, b);
         let high = _mm256_permute2f128_ps::<0x31>(a, b);
@@ -195,7 +181,7 @@ fn fold(sums: [__m256; 8]) -> __m256 {
         let high = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
         _mm256_add_ps(low, high)
     };
-    let [s0, s1, s2, s3, s4, s5, s6, s7] = sums;
+    let &[s0, s1, s2, s3, s4, s5, s6, s7] = sums else { panic!("eight dot products") };
     let even = fold_two(fold_four(s0, s4), fold_four(s1, s5));
     let odd = fold_two(fold_four(s2, s6), fold_four(s3, s7));
     _mm256_add_ps(
@@ -240,13 +226,17 @@ fn largest(values: &[f32]) -> f32 {
     all.fold(f32::NEG_INFINITY, |max, &s| if s > max { s } else { max }) + 0.0
 }
 
-/// Where a tile of sums lies in the head.
+/// What sums of values are made of.
+///
+/// The pointers are to rows that lie apart by what stands beside them.
 #[derive(Clone, Copy)]
-struct SumTile {
-    /// Vectors of a head.
-    num_parts: usize,
-    /// First vector of the tile.
-    first: usize,
+struct SumInput<T> {
+    /// `[queries, SCORE_STRIDE]`, from the block's first position on.
+    probabilities: *const f32,
+    /// `[len, head_dim]`.
+    values: *const T,
+    len: usize,
+    head_dim: usize,
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -256,97 +246,78 @@ fn accumulate<T: KvLanes>(
     out: &mut [f32],
 ) {
     let Probabilities { numbers, column, len, head_dim } = *probabilities;
-    let num_parts = head_dim / 8;
-    let (parts, _) = values.now.as_chunks::<8>();
-    let parts = &parts[..len * num_parts];
+    assert!(head_dim.is_multiple_of(8) && column + len <= SCORE_STRIDE, "what tiles rely on");
+    assert!(values.now.len() >= len * head_dim, "values of every position");
+    let stride = head_dim + SUM_EXTRA;
     let rows = numbers.chunks(QUERY_TILE * SCORE_STRIDE);
-    let tiles = rows.zip(out.chunks_mut(QUERY_TILE * (head_dim + SUM_EXTRA)));
+    let tiles = rows.zip(out.chunks_mut(QUERY_TILE * stride));
     let mut ahead = values.next.chunks(fetch_len(values.next.len(), tiles.len()));
     for (probabilities, out) in tiles {
         fetch(ahead.next().unwrap_or_default());
-        if probabilities.len() == SCORE_STRIDE {
-            let (out, _) = out.as_chunks_mut::<8>();
-            one_query(&probabilities[column..][..len], parts, &mut out[..num_parts]);
-            continue;
+        let num = probabilities.len() / SCORE_STRIDE;
+        assert!(num * stride == out.len() && num * SCORE_STRIDE == probabilities.len(), "rows");
+        let probabilities = probabilities[column..].as_ptr();
+        let input = SumInput { probabilities, values: values.now.as_ptr(), len, head_dim };
+        let out = out.as_mut_ptr();
+        // SAFETY: `num` rows of probabilities, from `column` on, and of outputs; `len` positions of
+        // values. Each tile of `PARTS` vectors begins at a multiple of 8 and ends in the head.
+        unsafe {
+            let mut at = 0;
+            while at < head_dim {
+                let left = (head_dim - at) / 8;
+                at += 8 * match (num, left) {
+                    (2.., 4..) => sum_tile::<T, 2, 4>(input, out, at),
+                    (2.., 2..) => sum_tile::<T, 2, 2>(input, out, at),
+                    (2.., _) => sum_tile::<T, 2, 1>(input, out, at),
+                    (_, 8..) => sum_tile::<T, 1, 8>(input, out, at),
+                    (_, 4..) => sum_tile::<T, 1, 4>(input, out, at),
+                    (_, _) => sum_tile::<T, 1, 1>(input, out, at),
+                };
+            }
         }
-        let (first, second) = probabilities.split_at(SCORE_STRIDE);
-        let probabilities = [&first[column..][..len], &second[column..][..len]];
-        let (first, second) = out.split_at_mut(head_dim + SUM_EXTRA);
-        let (first, _) = first.as_chunks_mut::<8>();
-        let (second, _) = second.as_chunks_mut::<8>();
-        two_queries(probabilities, parts, [&mut first[..num_parts], &mut second[..num_parts]]);
     }
 }
 
+/// `PARTS` vectors of the outputs of `QUERIES` queries, from number `at` of the head on. Returns
+/// `PARTS`.
+///
+/// # Safety
+/// The input has `QUERIES` rows of `len` probabilities and `len` rows of values, `out` is
+/// `[QUERIES, head_dim + SUM_EXTRA]`, and `at + 8 * PARTS` is within `head_dim`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn one_query<T: KvLanes>(probabilities: &[f32], values: &[[T; 8]], out: &mut [[f32; 8]]) {
-    let num_parts = out.len();
-    let mut at = SumTile { num_parts, first: 0 };
-    while at.first < num_parts {
-        let left = num_parts - at.first;
-        at.first += if left >= 8 {
-            sum_tile::<T, 1, 8>([probabilities], values, [&mut *out], at)
-        } else if left >= 4 {
-            sum_tile::<T, 1, 4>([probabilities], values, [&mut *out], at)
-        } else {
-            sum_tile::<T, 1, 1>([probabilities], values, [&mut *out], at)
-        };
-    }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn two_queries<T: KvLanes>(
-    probabilities: [&[f32]; 2],
-    values: &[[T; 8]],
-    [first, second]: [&mut [[f32; 8]]; 2],
-) {
-    let num_parts = first.len();
-    let mut at = SumTile { num_parts, first: 0 };
-    while at.first < num_parts {
-        let out = [&mut *first, &mut *second];
-        at.first += if num_parts - at.first >= 4 {
-            sum_tile::<T, 2, 4>(probabilities, values, out, at)
-        } else {
-            sum_tile::<T, 2, 1>(probabilities, values, out, at)
-        };
-    }
-}
-
-/// `PARTS` vectors of the outputs of `QUERIES` queries. Returns `PARTS`.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn sum_tile<T: KvLanes, const QUERIES: usize, const PARTS: usize>(
-    probabilities: [&[f32]; QUERIES],
-    values: &[[T; 8]],
-    outs: [&mut [[f32; 8]]; QUERIES],
-    at: SumTile,
+unsafe fn sum_tile<T: KvLanes, const QUERIES: usize, const PARTS: usize>(
+    input: SumInput<T>,
+    out: *mut f32,
+    at: usize,
 ) -> usize {
+    let SumInput { probabilities, values, len, head_dim } = input;
     let mut sums = [[_mm256_setzero_ps(); PARTS]; QUERIES];
-    for (sums, out) in sums.iter_mut().zip(&outs) {
-        for (sum, out) in sums.iter_mut().zip(&out[at.first..][..PARTS]) {
-            *sum = load(out);
+    for (query, sums) in sums.iter_mut().enumerate() {
+        for (part, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: within the query's row of outputs.
+            *sum = unsafe { f32::load(out.add(query * (head_dim + SUM_EXTRA) + at + 8 * part)) };
         }
     }
-    let len = probabilities[0].len();
-    let probabilities = probabilities.map(|numbers| &numbers[..len]);
-    for (position, values) in values.chunks_exact(at.num_parts).take(len).enumerate() {
-        let values = &values[at.first..][..PARTS];
+    for position in 0..len {
         let mut wide = [_mm256_setzero_ps(); QUERIES];
-        for (wide, probabilities) in wide.iter_mut().zip(probabilities) {
-            *wide = _mm256_set1_ps(probabilities[position]);
+        for (query, wide) in wide.iter_mut().enumerate() {
+            // SAFETY: one of the query's probabilities.
+            *wide = _mm256_set1_ps(unsafe { *probabilities.add(query * SCORE_STRIDE + position) });
         }
-        for (part, value) in values.iter().enumerate() {
-            let value = widened(value);
+        for part in 0..PARTS {
+            // SAFETY: within the position's row of values.
+            let value = unsafe { T::load(values.add(position * head_dim + at + 8 * part)) };
             for (sums, wide) in sums.iter_mut().zip(wide) {
                 sums[part] = _mm256_fmadd_ps(wide, value, sums[part]);
             }
         }
     }
-    for (sums, out) in sums.into_iter().zip(outs) {
-        for (sum, out) in sums.into_iter().zip(&mut out[at.first..][..PARTS]) {
-            store(out, sum);
+    for (query, sums) in sums.iter().enumerate() {
+        for (part, &sum) in sums.iter().enumerate() {
+            let to = query * (head_dim + SUM_EXTRA) + at + 8 * part;
+            // SAFETY: within the query's row of outputs.
+            unsafe { _mm256_storeu_ps(out.add(to), sum) };
         }
     }
     PARTS
