@@ -5,10 +5,9 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use slipstream_model::ids::BLOCK_LEN;
 use slipstream_model::kernels::team::Team;
 use slipstream_model::kernels::tile::Grid;
-use slipstream_model::kernels::{self, EXP_ULPS, SPLIT_LEN};
+use slipstream_model::kernels::{self, EXP_ULPS};
 use slipstream_model::math;
 use slipstream_tests::kernel_checks::{ODD, check, floats};
 use slipstream_tests::random::Rng;
@@ -34,40 +33,6 @@ fn row_kernels_equal_their_twins() {
                 kernels::swiglu(isa, &mut gate, &y);
                 gate
             });
-            if len <= SPLIT_LEN {
-                check(&format!("softmax {len}"), SEED, |isa| {
-                    let mut scores: Vec<f32> = x.iter().map(|x| x * 9.0).collect();
-                    let sum = kernels::softmax(isa, &mut scores);
-                    scores.extend([sum.max, sum.sum]);
-                    scores
-                });
-            }
-        }
-    });
-}
-
-#[test]
-fn attention_kernels_equal_their_twins() {
-    timed("kernels attention", 3.0, || {
-        let mut rng = Rng::new(SEED + 4);
-        for head_dim in (8..=200).step_by(8) {
-            for len in 1..=BLOCK_LEN {
-                let odd_in = [0, 0, 500][len % 3];
-                let query = floats(&mut rng, head_dim, odd_in);
-                let slots = floats(&mut rng, BLOCK_LEN * head_dim, odd_in);
-                let probabilities = floats(&mut rng, len, odd_in);
-                check(&format!("scores {head_dim}"), SEED, |isa| {
-                    let mut out = [0.0; BLOCK_LEN];
-                    kernels::scores(isa, &query, &slots, 0.25, &mut out);
-                    out.to_vec()
-                });
-                check(&format!("accumulate {head_dim} x {len}"), SEED, |isa| {
-                    let mut out = query.clone();
-                    let values = &slots[..len * head_dim];
-                    kernels::accumulate(isa, &probabilities, values, &mut out);
-                    out
-                });
-            }
         }
     });
 }

@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods, reason = "expected values never reach output")]
 
 mod aborts;
+mod attention;
 mod bad_requests;
 mod blocks;
 mod chat;

@@ -5,6 +5,7 @@
 //! behind it) and `choice.rs` (how a row of logits becomes a token). `unsafe` exists only in
 //! `kernels/`.
 
+pub mod aligned;
 pub mod attention;
 pub mod batch;
 pub mod block_manager;

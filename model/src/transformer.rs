@@ -7,16 +7,17 @@
 
 use std::sync::Arc;
 
-use crate::attention::{Attention, RowPlace};
+use crate::attention::{Attention, AttentionScratch, RowPlace};
 use crate::batch::RaggedBatch;
 use crate::compute::{Compute, InputRows};
 use crate::forward::{Forward, ForwardError, ForwardLimits, Logits};
 use crate::kernels::{self, Isa};
-use crate::kv_pool::{KvPool, Slot};
+use crate::kv_pool::{KvPool, KvPoolOptions, KvType, Slot};
 use crate::linear::{Product, multiply};
 use crate::packed::{ModelError, PackedLayer, PackedLlama};
 
-/// How a [`Transformer`] runs. Nothing here can change an output bit.
+/// How a [`Transformer`] runs. Nothing here can change an output bit, the type of keys and values
+/// excepted.
 #[derive(Clone, Copy, Debug)]
 pub struct TransformerOptions {
     /// Blocks of the KV pool.
@@ -25,6 +26,8 @@ pub struct TransformerOptions {
     pub threads: usize,
     /// Implementation of the kernels; [`Isa::detect`] unless a test wants another.
     pub isa: Isa,
+    /// Type of keys and values in the pool.
+    pub kv_type: KvType,
 }
 
 /// A Llama network (RMSNorm, rotary embeddings, grouped-query attention, SwiGLU) with its KV pool.
@@ -54,6 +57,7 @@ struct Scratch {
     values: Vec<f32>,
     /// Rows whose logits are asked for.
     wanted: Vec<usize>,
+    attention: AttentionScratch,
 }
 
 impl Transformer {
@@ -62,9 +66,10 @@ impl Transformer {
     /// # Errors
     /// When the pool does not fit into memory or the system refuses a thread.
     pub fn new(model: Arc<PackedLlama>, options: TransformerOptions) -> Result<Self, ModelError> {
-        let pool = KvPool::new(model.config(), options.num_blocks)
+        let TransformerOptions { num_blocks, threads, isa, kv_type } = options;
+        let pool = KvPool::new(model.config(), KvPoolOptions { num_blocks, kv_type, isa })
             .map_err(|bytes| ModelError::OutOfMemory { what: "the KV pool".to_owned(), bytes })?;
-        let compute = Compute::new(options.isa, options.threads)?;
+        let compute = Compute::new(isa, threads)?;
         Ok(Self { model, pool, compute, scratch: Scratch::default() })
     }
 
@@ -77,6 +82,11 @@ impl Transformer {
     #[must_use]
     pub fn num_threads(&mut self) -> usize {
         self.compute.team().num_threads()
+    }
+
+    /// See [`AttentionScratch::share_from`].
+    pub fn share_attention_from(&mut self, macs: usize, partial_floats: usize) {
+        self.scratch.attention.share_from(macs, partial_floats);
     }
 
     /// The weights it runs on.
@@ -166,7 +176,7 @@ impl Transformer {
     /// The rest of a layer: attention and the feed-forward block.
     fn finish_layer(&mut self, batch: &RaggedBatch, index: usize, layer: &PackedLayer) {
         let config = self.model.config();
-        let Scratch { places, hidden, input, gated, queries, .. } = &mut self.scratch;
+        let Scratch { places, hidden, input, gated, queries, attention, .. } = &mut self.scratch;
         let compute = &mut self.compute;
         let num_rows = places.len();
         let attention = Attention {
@@ -178,6 +188,7 @@ impl Transformer {
             queries,
             head_dim: config.head_dim,
             group_len: config.group_len(),
+            scratch: attention,
         };
         attention.run(compute.team(), input.write(num_rows, config.query_len()));
         multiply(compute, input, [Product::add(&layer.attention_output, hidden)]);

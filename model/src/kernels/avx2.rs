@@ -7,6 +7,7 @@
 //! features are called from ones that do not, with the [`Avx2`] proof in hand.
 #![allow(unsafe_code)] // vector loads and stores, and calls into functions that need AVX2
 
+mod attention;
 mod products;
 
 use std::arch::x86_64::*;
@@ -14,8 +15,7 @@ use std::arch::x86_64::*;
 use super::packed::{GROUP_LEN, STRIP_LEN};
 use super::plain::{self, EXP_MAX, EXP_MIN, EXP_SERIES, LN2_HI, LN2_LO};
 use super::products::{Epilogue, QuantBlock};
-use super::{Kernels, QUANT_BLOCK_LEN, SplitSum};
-use crate::ids::BLOCK_LEN;
+use super::{Kernels, QUANT_BLOCK_LEN};
 
 /// Bytes that memory is fetched in.
 const CACHE_LINE_BYTES: usize = 64;
@@ -76,18 +76,7 @@ pub(super) const TABLE: Kernels = Kernels {
         // SAFETY: see the table.
         unsafe { swiglu(gate, up) }
     },
-    scores: |query, keys, scale, out| {
-        // SAFETY: see the table.
-        unsafe { scores(query, keys, scale, out) }
-    },
-    softmax: |scores| {
-        // SAFETY: see the table.
-        unsafe { softmax(scores) }
-    },
-    accumulate: |probabilities, values, out| {
-        // SAFETY: see the table.
-        unsafe { accumulate(probabilities, values, out) }
-    },
+    attention: &attention::KERNELS,
     exp: |values| {
         // SAFETY: see the table.
         unsafe { exp_slice(values) }
@@ -247,134 +236,6 @@ fn swiglu(gate: &mut [f32], up: &[f32]) {
 fn silu(x: __m256) -> __m256 {
     let (one, sign) = (_mm256_set1_ps(1.0), _mm256_set1_ps(-0.0));
     _mm256_div_ps(x, _mm256_add_ps(one, exp(_mm256_xor_ps(x, sign))))
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn scores(query: &[f32], keys: &[f32], scale: f32, out: &mut [f32; BLOCK_LEN]) {
-    let (query, _) = query.as_chunks::<8>();
-    let (keys, _) = keys.as_chunks::<8>();
-    let scale = _mm256_set1_ps(scale);
-    let (outs, _) = out.as_chunks_mut::<8>();
-    for (keys, out) in keys.chunks_exact(8 * query.len()).zip(outs) {
-        store(out, _mm256_mul_ps(eight_dots(query, keys), scale));
-    }
-}
-
-/// Dot products of one query with eight keys, side by side to hide latency.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn eight_dots(query: &[[f32; 8]], keys: &[[f32; 8]]) -> __m256 {
-    let num_parts = query.len();
-    let mut rows = [keys; 8];
-    for (row, key) in rows.iter_mut().zip(keys.chunks_exact(num_parts)) {
-        *row = key;
-    }
-    let mut sums = [_mm256_setzero_ps(); 8];
-    for (part, query) in query.iter().enumerate() {
-        let query = load(query);
-        for (sum, key) in sums.iter_mut().zip(rows) {
-            *sum = _mm256_fmadd_ps(query, load(&key[part]), *sum);
-        }
-    }
-    // The fixed tree for all eight at once. Each step adds the same lanes as `plain::tree` and
-    // packs two registers into one; the order of the pairs makes key j end in lane j.
-    let fold_four = |a: __m256, b: __m256| {
-        let low = _mm256_permute2f128_ps::<0x20>(a, b);
-        let high = _mm256_permute2f128_ps::<0x31>(a, b);
-        _mm256_add_ps(low, high)
-    };
-    let fold_two = |a: __m256, b: __m256| {
-        let (a, b) = (_mm256_castps_pd(a), _mm256_castps_pd(b));
-        let low = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
-        let high = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
-        _mm256_add_ps(low, high)
-    };
-    let [s0, s1, s2, s3, s4, s5, s6, s7] = sums;
-    let even = fold_two(fold_four(s0, s4), fold_four(s1, s5));
-    let odd = fold_two(fold_four(s2, s6), fold_four(s3, s7));
-    _mm256_add_ps(
-        _mm256_shuffle_ps::<0b10_00_10_00>(even, odd),
-        _mm256_shuffle_ps::<0b11_01_11_01>(even, odd),
-    )
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn softmax(scores: &mut [f32]) -> SplitSum {
-    let max = largest(scores);
-    let wide_max = _mm256_set1_ps(max);
-    let mut sums = _mm256_setzero_ps();
-    let (parts, tail) = scores.as_chunks_mut::<8>();
-    for part in parts {
-        let probabilities = exp(_mm256_sub_ps(load(part), wide_max));
-        store(part, probabilities);
-        sums = _mm256_add_ps(sums, probabilities);
-    }
-    let mut lanes = [0.0; 8];
-    store(&mut lanes, sums);
-    for (lane, score) in lanes.iter_mut().zip(tail) {
-        *score = plain::exp(*score - max);
-        *lane += *score;
-    }
-    SplitSum { max, sum: plain::tree(lanes) }
-}
-
-/// Largest number, NaN passed over, -infinity when there is none; never -0.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn largest(values: &[f32]) -> f32 {
-    let (parts, tail) = values.as_chunks::<8>();
-    let mut max = _mm256_set1_ps(f32::NEG_INFINITY);
-    for part in parts {
-        // Of two operands, the second is returned when one is NaN.
-        max = _mm256_max_ps(load(part), max);
-    }
-    let mut lanes = [0.0; 8];
-    store(&mut lanes, max);
-    let all = lanes.iter().chain(tail);
-    all.fold(f32::NEG_INFINITY, |max, &s| if s > max { s } else { max }) + 0.0
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn accumulate(probabilities: &[f32], values: &[f32], out: &mut [f32]) {
-    let num_parts = out.len() / 8;
-    let (values, _) = values.as_chunks::<8>();
-    let (outs, _) = out.as_chunks_mut::<8>();
-    let mut first = 0;
-    while first < num_parts {
-        let num = if num_parts - first >= 8 { 8 } else { 1 };
-        let outs = &mut outs[first..first + num];
-        if num == 8 {
-            accumulate_parts::<8>(probabilities, values, outs, (first, num_parts));
-        } else {
-            accumulate_parts::<1>(probabilities, values, outs, (first, num_parts));
-        }
-        first += num;
-    }
-}
-
-/// `PARTS` vectors of the output, from vector `at.0` of the `at.1` of a value row.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn accumulate_parts<const PARTS: usize>(
-    probabilities: &[f32],
-    values: &[[f32; 8]],
-    outs: &mut [[f32; 8]],
-    at: (usize, usize),
-) {
-    let (first, num_parts) = at;
-    let mut sums = [_mm256_setzero_ps(); PARTS];
-    for (sum, out) in sums.iter_mut().zip(outs.iter()) {
-        *sum = load(out);
-    }
-    for (&probability, values) in probabilities.iter().zip(values.chunks_exact(num_parts)) {
-        let probability = _mm256_set1_ps(probability);
-        for (sum, value) in sums.iter_mut().zip(&values[first..first + PARTS]) {
-            *sum = _mm256_fmadd_ps(probability, load(value), *sum);
-        }
-    }
-    for (out, sum) in outs.iter_mut().zip(sums) {
-        store(out, sum);
-    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]

@@ -11,6 +11,7 @@
 //! A new kernel is written in `plain.rs`, gets an entry in the table of function pointers here, a
 //! safe entry point, and a case in the tests, which compare every implementation this CPU has.
 
+pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -21,7 +22,6 @@ pub mod products;
 pub mod team;
 pub mod tile;
 
-use crate::ids::BLOCK_LEN;
 use packed::{Bf16Lanes, F16Lanes, F32Lanes, Q4Tile, Q8Tile};
 use products::{FloatProduct, QuantBlock, QuantProduct};
 
@@ -111,19 +111,8 @@ struct Kernels {
     quantise: fn(&[f32], &mut [QuantBlock]),
     rms_norm: fn(&[f32], &[f32], f32, &mut [f32]),
     swiglu: fn(&mut [f32], &[f32]),
-    scores: fn(&[f32], &[f32], f32, &mut [f32; BLOCK_LEN]),
-    softmax: fn(&mut [f32]) -> SplitSum,
-    accumulate: fn(&[f32], &[f32], &mut [f32]),
+    attention: &'static attention::AttentionKernels,
     exp: fn(&mut [f32]),
-}
-
-/// What the softmax of one attention split leaves for merging.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct SplitSum {
-    /// Largest score; NaN scores are passed over, because they show in `sum` anyway.
-    pub max: f32,
-    /// Sum of `exp(score - max)`; NaN if any score is NaN or infinite.
-    pub sum: f32,
 }
 
 /// RMSNorm (arXiv 1910.07467, equation 4): `out = (x * scale) * weight` with
@@ -148,45 +137,6 @@ pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) 
 pub fn swiglu(isa: Isa, gate: &mut [f32], up: &[f32]) {
     assert_eq!(gate.len(), up.len(), "one up number per gate");
     (isa.kernels().swiglu)(gate, up);
-}
-
-/// Attention scores of one query against one KV block: `out[j] = dot(query, keys[j]) * scale`. A
-/// dot product runs in 8 lanes (lane = index % 8) of fused multiply-adds, added up by the fixed
-/// tree. All 16 are computed; the caller uses those of valid positions, which do not depend on the
-/// others.
-///
-/// `query` is `[head_dim]`, `keys` is `[16, head_dim]`.
-///
-/// # Panics
-/// When the lengths disagree or `head_dim` is zero or no multiple of 8.
-pub fn scores(isa: Isa, query: &[f32], keys: &[f32], scale: f32, out: &mut [f32; BLOCK_LEN]) {
-    assert!(!query.is_empty() && query.len().is_multiple_of(8), "heads are whole lanes");
-    assert_eq!(Some(keys.len()), query.len().checked_mul(BLOCK_LEN), "keys are one block");
-    (isa.kernels().scores)(query, keys, scale, out);
-}
-
-/// Turns the scores of one split into unnormalised probabilities in place,
-/// `exp(score - max)`, and returns what merging needs. The sum runs in 8 lanes (lane = index % 8)
-/// added up by the fixed tree.
-///
-/// # Panics
-/// When there are no scores or more than [`SPLIT_LEN`].
-pub fn softmax(isa: Isa, scores: &mut [f32]) -> SplitSum {
-    assert!((1..=SPLIT_LEN).contains(&scores.len()), "a split has 1 to SPLIT_LEN positions");
-    (isa.kernels().softmax)(scores)
-}
-
-/// `out[d] = fma(probabilities[j], values[j, d], out[d])` for every position `j` in order.
-///
-/// `probabilities` is `[n]`, `values` is `[n, head_dim]`, `out` is `[head_dim]`.
-///
-/// # Panics
-/// When the lengths disagree or `head_dim` is zero or no multiple of 8.
-pub fn accumulate(isa: Isa, probabilities: &[f32], values: &[f32], out: &mut [f32]) {
-    assert!(!out.is_empty() && out.len().is_multiple_of(8), "heads are whole lanes");
-    let values_len = out.len().checked_mul(probabilities.len());
-    assert_eq!(Some(values.len()), values_len, "one value row per probability");
-    (isa.kernels().accumulate)(probabilities, values, out);
 }
 
 /// Natural exponential of every element, within [`EXP_ULPS`] of the exact value. Results below

@@ -4,10 +4,12 @@
 //! `f32::mul_add` is the fused operation with one rounding, on every machine. Nothing here may be
 //! rearranged without raising [`NUMERICS_VERSION`](super::NUMERICS_VERSION).
 
+mod attention;
 pub(super) mod products;
 
-use super::{Kernels, SplitSum};
-use crate::ids::BLOCK_LEN;
+pub(super) use attention::narrow_one;
+
+use super::Kernels;
 
 pub(super) static KERNELS: Kernels = Kernels {
     product_f32: products::floats,
@@ -18,9 +20,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     quantise: products::quantise,
     rms_norm,
     swiglu,
-    scores,
-    softmax,
-    accumulate,
+    attention: &attention::KERNELS,
     exp: |values| values.iter_mut().for_each(|value| *value = exp(*value)),
 };
 
@@ -61,33 +61,6 @@ pub(super) fn swiglu_one(gate: f32, up: f32) -> f32 {
 fn swiglu(gate: &mut [f32], up: &[f32]) {
     for (gate, &up) in gate.iter_mut().zip(up) {
         *gate = swiglu_one(*gate, up);
-    }
-}
-
-fn scores(query: &[f32], keys: &[f32], scale: f32, out: &mut [f32; BLOCK_LEN]) {
-    for (out, key) in out.iter_mut().zip(keys.chunks_exact(query.len())) {
-        *out = dot(query, key) * scale;
-    }
-}
-
-fn softmax(scores: &mut [f32]) -> SplitSum {
-    // Adding zero makes a maximum of -0 the same as one of +0, whichever came first.
-    let max = scores.iter().fold(f32::NEG_INFINITY, |max, &s| if s > max { s } else { max }) + 0.0;
-    let mut lanes = [0.0_f32; 8];
-    for scores in scores.chunks_mut(8) {
-        for (lane, score) in lanes.iter_mut().zip(scores) {
-            *score = exp(*score - max);
-            *lane += *score;
-        }
-    }
-    SplitSum { max, sum: tree(lanes) }
-}
-
-fn accumulate(probabilities: &[f32], values: &[f32], out: &mut [f32]) {
-    for (&probability, values) in probabilities.iter().zip(values.chunks_exact(out.len())) {
-        for (out, &value) in out.iter_mut().zip(values) {
-            *out = probability.mul_add(value, *out);
-        }
     }
 }
 
