@@ -74,6 +74,7 @@ static KERNELS: Kernels = Kernels {
         // SAFETY: see the table.
         unsafe { exp_slice(values) }
     },
+    scan: &super::scan::AVX2,
 };
 
 #[target_feature(enable = "avx2,fma,f16c")]

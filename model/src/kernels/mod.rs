@@ -15,6 +15,7 @@
 mod avx2;
 pub mod packed;
 mod plain;
+pub mod scan;
 pub mod team;
 
 use crate::ids::BLOCK_LEN;
@@ -98,6 +99,7 @@ struct Kernels {
     softmax: fn(&mut [f32]) -> SplitSum,
     accumulate: fn(&[f32], &[f32], &mut [f32]),
     exp: fn(&mut [f32]),
+    scan: &'static scan::ScanKernels,
 }
 
 /// Some strips of a matrix of floats, as [`packed::PackedF32`] holds them.

@@ -20,6 +20,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     softmax,
     accumulate,
     exp: |values| values.iter_mut().for_each(|value| *value = exp(*value)),
+    scan: &super::scan::PLAIN,
 };
 
 /// Bits of +infinity: the bits of a magnitude at or above these mean infinity or NaN.

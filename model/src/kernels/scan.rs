@@ -1,0 +1,218 @@
+//! Owns looking at a whole row of logits for token choice: the maxima of its blocks, which noise is
+//! large enough, sums of exponentials. Knows rows and noise keys; knows no parameters.
+//!
+//! Every kernel is written once, as plain Rust in a fixed order, and compiled twice: as the plain
+//! twin, and for AVX2, where the compiler may use wider registers but has to keep every result.
+
+use super::Isa;
+use crate::ids::TokenId;
+use crate::math;
+use crate::noise::NoiseRow;
+
+/// Logits whose maximum is kept together: blocks that cannot matter are passed over whole.
+pub const SCAN_LEN: usize = 32;
+
+/// Terms of sums that are worked on side by side.
+const LANES: usize = 8;
+
+/// One implementation of the scans.
+pub(super) struct ScanKernels {
+    block_maxima: fn(&[f32], &mut [f32]) -> bool,
+    noise_hits: fn(&NoiseRow, TokenId, u64) -> u32,
+    exp_sum: fn(&[f32], f64) -> f64,
+    estimate_exp_sum: fn(&[f32], f64, f64) -> f64,
+}
+
+pub(super) static PLAIN: ScanKernels = ScanKernels {
+    block_maxima: block_maxima_body,
+    noise_hits: noise_hits_body,
+    exp_sum: exp_sum_body,
+    estimate_exp_sum: estimate_exp_sum_body,
+};
+
+/// Blocks of a row of `vocab_size` logits.
+#[must_use]
+pub fn num_blocks(vocab_size: usize) -> usize {
+    vocab_size.div_ceil(SCAN_LEN)
+}
+
+/// The largest logit of every block of [`SCAN_LEN`], zeros without their sign. `row` is `[vocab]`,
+/// `maxima` is `[vocab / SCAN_LEN]`, rounded up. Returns whether no logit is NaN or positive
+/// infinity; if one is, the maxima are arbitrary.
+///
+/// # Panics
+/// When the lengths disagree.
+pub fn block_maxima(isa: Isa, row: &[f32], maxima: &mut [f32]) -> bool {
+    assert_eq!(num_blocks(row.len()), maxima.len(), "one maximum per block");
+    (isa.kernels().scan.block_maxima)(row, maxima)
+}
+
+/// Which of the [`SCAN_LEN`] tokens from `first` on have a [hash](NoiseRow::hash) of at least
+/// `limit`: bit i stands for token `first + i`.
+#[must_use]
+pub fn noise_hits(isa: Isa, noise: &NoiseRow, first: TokenId, limit: u64) -> u32 {
+    (isa.kernels().scan.noise_hits)(noise, first, limit)
+}
+
+/// Sum of `math::exp(logit - max)` over the row, in order, bit for bit.
+#[must_use]
+pub fn exp_sum(isa: Isa, row: &[f32], max: f64) -> f64 {
+    (isa.kernels().scan.exp_sum)(row, max)
+}
+
+/// About the sum of `exp(logit * scale - max)` over the row, for logits that are not NaN. With
+/// every `logit * scale - max` at most 0 and `max` at most 1e5 in magnitude its relative error, and
+/// the error of the same sum over [`math::exp`], are below 1e-9 as long as the sum is at least 1.
+#[must_use]
+pub fn estimate_exp_sum(isa: Isa, row: &[f32], scale: f64, max: f64) -> f64 {
+    (isa.kernels().scan.estimate_exp_sum)(row, scale, max)
+}
+
+/// As `vmaxps`: the second of equals.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+#[inline(always)]
+fn block_maxima_body(row: &[f32], maxima: &mut [f32]) -> bool {
+    let (blocks, tail) = row.as_chunks::<SCAN_LEN>();
+    let mut unsound = [0u32; LANES];
+    for (block, maximum) in blocks.iter().zip(maxima.iter_mut()) {
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        for part in block.as_chunks::<LANES>().0 {
+            for lane in 0..LANES {
+                lanes[lane] = larger(lanes[lane], part[lane]);
+                unsound[lane] |= u32::from(is_unsound(part[lane]));
+            }
+        }
+        let halves: [f32; 4] = std::array::from_fn(|lane| larger(lanes[lane], lanes[lane + 4]));
+        let pairs = [larger(halves[0], halves[2]), larger(halves[1], halves[3])];
+        *maximum = larger(pairs[0], pairs[1]) + 0.0;
+    }
+    if let (false, Some(maximum)) = (tail.is_empty(), maxima.last_mut()) {
+        *maximum = tail.iter().fold(f32::NEG_INFINITY, |max, &logit| larger(max, logit)) + 0.0;
+    }
+    let is_tail_unsound = tail.iter().any(|&logit| is_unsound(logit));
+    !is_tail_unsound && unsound == [0; LANES]
+}
+
+#[inline(always)]
+fn is_unsound(logit: f32) -> bool {
+    logit.is_nan() || logit == f32::INFINITY
+}
+
+#[inline(always)]
+fn noise_hits_body(noise: &NoiseRow, first: TokenId, limit: u64) -> u32 {
+    let mut is_hit = [0u64; SCAN_LEN];
+    for (offset, is_hit) in (0u64..).zip(&mut is_hit) {
+        let hash = noise.hash(u64::from(first.0) + offset);
+        *is_hit = u64::from(hash >= limit) << offset;
+    }
+    is_hit.iter().fold(0, |mask, bit| mask | bit) as u32
+}
+
+#[inline(always)]
+fn exp_sum_body(row: &[f32], max: f64) -> f64 {
+    let (blocks, tail) = row.as_chunks::<SCAN_LEN>();
+    let term = |logit: f32| math::exp_branchless(f64::from(logit) - max);
+    let mut sum = 0.0;
+    for block in blocks {
+        // Terms side by side, their sum one after the other: its order is part of the bits.
+        let terms: [f64; SCAN_LEN] = std::array::from_fn(|offset| term(block[offset]));
+        for term in terms {
+            sum += term;
+        }
+    }
+    for &logit in tail {
+        sum += term(logit);
+    }
+    sum
+}
+
+#[inline(always)]
+fn estimate_exp_sum_body(row: &[f32], scale: f64, max: f64) -> f64 {
+    let (blocks, tail) = row.as_chunks::<SCAN_LEN>();
+    let term = |logit: f32| rough_exp(f64::from(logit) * scale - max);
+    let mut sums = [0.0; LANES];
+    for block in blocks {
+        let terms: [f64; SCAN_LEN] = std::array::from_fn(|offset| term(block[offset]));
+        for part in terms.as_chunks::<LANES>().0 {
+            for lane in 0..LANES {
+                sums[lane] += part[lane];
+            }
+        }
+    }
+    for (index, &logit) in tail.iter().enumerate() {
+        sums[index % LANES] += term(logit);
+    }
+    sums.iter().sum()
+}
+
+/// The exponential of numbers up to 0, to a relative error of 1e-11; at least `exp(-708)`.
+#[inline(always)]
+fn rough_exp(x: f64) -> f64 {
+    /// Added and taken away again, it rounds to a whole number, which is then in its low bits.
+    const ROUNDER: f64 = 6_755_399_441_055_744.0;
+    const SERIES: [f64; 8] =
+        [1.0 / 40_320.0, 1.0 / 5_040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0];
+    let x = if x > -708.0 { x } else { -708.0 };
+    let shifted = x * std::f64::consts::LOG2_E + ROUNDER;
+    let r = x - (shifted - ROUNDER) * std::f64::consts::LN_2;
+    let mut sum = 1.0 / 362_880.0;
+    for factor in SERIES {
+        sum = sum * r + factor;
+    }
+    sum = sum * r + 1.0;
+    sum * f64::from_bits(shifted.to_bits().wrapping_add(1023) << 52)
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx2::AVX2;
+
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)] // calls into functions that need AVX2
+mod avx2 {
+    use super::*;
+
+    // SAFETY (all entries): the table is reached through `Avx2::kernels` only, so whoever calls
+    // these holds the proof that the CPU has the feature.
+    pub(in crate::kernels) static AVX2: ScanKernels = ScanKernels {
+        block_maxima: |row, maxima| {
+            // SAFETY: see the table.
+            unsafe { block_maxima(row, maxima) }
+        },
+        noise_hits: |noise, first, limit| {
+            // SAFETY: see the table.
+            unsafe { noise_hits(noise, first, limit) }
+        },
+        exp_sum: |row, max| {
+            // SAFETY: see the table.
+            unsafe { exp_sum(row, max) }
+        },
+        estimate_exp_sum: |row, scale, max| {
+            // SAFETY: see the table.
+            unsafe { estimate_exp_sum(row, scale, max) }
+        },
+    };
+
+    #[target_feature(enable = "avx2")]
+    fn block_maxima(row: &[f32], maxima: &mut [f32]) -> bool {
+        block_maxima_body(row, maxima)
+    }
+
+    #[target_feature(enable = "avx2")]
+    fn noise_hits(noise: &NoiseRow, first: TokenId, limit: u64) -> u32 {
+        noise_hits_body(noise, first, limit)
+    }
+
+    #[target_feature(enable = "avx2")]
+    fn exp_sum(row: &[f32], max: f64) -> f64 {
+        exp_sum_body(row, max)
+    }
+
+    #[target_feature(enable = "avx2")]
+    fn estimate_exp_sum(row: &[f32], scale: f64, max: f64) -> f64 {
+        estimate_exp_sum_body(row, scale, max)
+    }
+}
