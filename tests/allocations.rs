@@ -1,5 +1,5 @@
-//! Proves that a warm step allocates nothing on the engine thread: from plan to commit, with a fixed
-//! set of sequences, plain and speculative, greedy and sampled. A binary of its own, because
+//! Proves that a warm step allocates nothing on the engine thread: from plan to commit, with a
+//! fixed set of sequences, plain and speculative, greedy and sampled. A binary of its own, because
 //! counting takes another allocator.
 #![allow(clippy::unwrap_used, reason = "a test that unwraps fails with the place and the value")]
 

@@ -16,6 +16,12 @@ const KEY_CONTEXT: &str = "slipstream noise row key v1";
 /// Slightly more than ln 2, so that bounds computed with it hold after rounding.
 const LN2_ABOVE: f64 = std::f64::consts::LN_2 * (1.0 + 1e-9);
 
+/// What one token more adds before the finaliser.
+pub(crate) const TOKEN_STEP: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// The finaliser's factors.
+pub(crate) const MIXERS: [u64; 2] = [0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB];
+
 /// Bits that a Gumbel number is made of.
 const LEADING_ONES_MAX: u32 = 53;
 
@@ -57,13 +63,17 @@ impl NoiseRow {
     }
 
     /// All 64 bits of the finaliser, of which [`bits`](Self::bits) keeps the high 53.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn hash(&self, token: u64) -> u64 {
-        let step = token.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        let mut h = self.key[0].wrapping_add(step);
-        h = (h ^ (h >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9) ^ self.key[1];
-        h = (h ^ (h >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        let mut h = self.key[0].wrapping_add(token.wrapping_mul(TOKEN_STEP));
+        h = (h ^ (h >> 30)).wrapping_mul(MIXERS[0]) ^ self.key[1];
+        h = (h ^ (h >> 27)).wrapping_mul(MIXERS[1]);
         h ^ (h >> 31)
+    }
+
+    /// The key, for kernels that compute several [hashes](Self::hash) side by side.
+    pub(crate) fn key(&self) -> [u64; 2] {
+        self.key
     }
 
     /// `G = -ln(-ln(u))`, standard Gumbel, with `u = (bits + 0.5) * 2^-53`.

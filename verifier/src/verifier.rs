@@ -179,6 +179,9 @@ impl Verifier {
         logprobs: &mut Vec<f64>,
     ) -> Entry {
         let start = logprobs.len();
+        if item.logprobs {
+            logprobs.reserve(item.proposal.len() + 1);
+        }
         let mut accepted_len = 0;
         let outcome = loop {
             let row = self.logits.row(first_row + accepted_len);

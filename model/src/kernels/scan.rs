@@ -1,8 +1,9 @@
 //! Owns looking at a whole row of logits for token choice: the maxima of its blocks, which noise is
 //! large enough, sums of exponentials. Knows rows and noise keys; knows no parameters.
 //!
-//! Every kernel is written once, as plain Rust in a fixed order, and compiled twice: as the plain
-//! twin, and for AVX2, where the compiler may use wider registers but has to keep every result.
+//! The sums are written once, as plain Rust in a fixed order, and compiled twice: as the plain twin
+//! and for AVX2, where the compiler may use wider registers but has to keep every result. What it
+//! does not find by itself is written out.
 
 use super::Isa;
 use crate::ids::TokenId;
@@ -24,8 +25,8 @@ pub(super) struct ScanKernels {
 }
 
 pub(super) static PLAIN: ScanKernels = ScanKernels {
-    block_maxima: block_maxima_body,
-    noise_hits: noise_hits_body,
+    block_maxima: block_maxima_plain,
+    noise_hits: noise_hits_plain,
     exp_sum: exp_sum_body,
     estimate_exp_sum: estimate_exp_sum_body,
 };
@@ -68,48 +69,24 @@ pub fn estimate_exp_sum(isa: Isa, row: &[f32], scale: f64, max: f64) -> f64 {
     (isa.kernels().scan.estimate_exp_sum)(row, scale, max)
 }
 
-/// As `vmaxps`: the second of equals.
-#[inline(always)]
 fn larger(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
 }
 
-#[inline(always)]
-fn block_maxima_body(row: &[f32], maxima: &mut [f32]) -> bool {
-    let (blocks, tail) = row.as_chunks::<SCAN_LEN>();
-    let mut unsound = [0u32; LANES];
-    for (block, maximum) in blocks.iter().zip(maxima.iter_mut()) {
-        let mut lanes = [f32::NEG_INFINITY; LANES];
-        for part in block.as_chunks::<LANES>().0 {
-            for lane in 0..LANES {
-                lanes[lane] = larger(lanes[lane], part[lane]);
-                unsound[lane] |= u32::from(is_unsound(part[lane]));
-            }
-        }
-        let halves: [f32; 4] = std::array::from_fn(|lane| larger(lanes[lane], lanes[lane + 4]));
-        let pairs = [larger(halves[0], halves[2]), larger(halves[1], halves[3])];
-        *maximum = larger(pairs[0], pairs[1]) + 0.0;
-    }
-    if let (false, Some(maximum)) = (tail.is_empty(), maxima.last_mut()) {
-        *maximum = tail.iter().fold(f32::NEG_INFINITY, |max, &logit| larger(max, logit)) + 0.0;
-    }
-    let is_tail_unsound = tail.iter().any(|&logit| is_unsound(logit));
-    !is_tail_unsound && unsound == [0; LANES]
-}
-
-#[inline(always)]
 fn is_unsound(logit: f32) -> bool {
     logit.is_nan() || logit == f32::INFINITY
 }
 
-#[inline(always)]
-fn noise_hits_body(noise: &NoiseRow, first: TokenId, limit: u64) -> u32 {
-    let mut is_hit = [0u64; SCAN_LEN];
-    for (offset, is_hit) in (0u64..).zip(&mut is_hit) {
-        let hash = noise.hash(u64::from(first.0) + offset);
-        *is_hit = u64::from(hash >= limit) << offset;
+fn block_maxima_plain(row: &[f32], maxima: &mut [f32]) -> bool {
+    for (block, maximum) in row.chunks(SCAN_LEN).zip(maxima) {
+        *maximum = block.iter().fold(f32::NEG_INFINITY, |max, &logit| larger(max, logit)) + 0.0;
     }
-    is_hit.iter().fold(0, |mask, bit| mask | bit) as u32
+    !row.iter().any(|&logit| is_unsound(logit))
+}
+
+fn noise_hits_plain(noise: &NoiseRow, first: TokenId, limit: u64) -> u32 {
+    let is_hit = |offset: u32| noise.hash(u64::from(first.0) + u64::from(offset)) >= limit;
+    (0..SCAN_LEN as u32).fold(0, |hits, offset| hits | (u32::from(is_hit(offset)) << offset))
 }
 
 #[inline(always)]
@@ -173,7 +150,13 @@ pub(super) use avx2::AVX2;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)] // calls into functions that need AVX2
 mod avx2 {
-    use super::*;
+    use std::arch::x86_64::*;
+
+    use super::{
+        LANES, SCAN_LEN, ScanKernels, block_maxima_plain, estimate_exp_sum_body, exp_sum_body,
+    };
+    use crate::ids::TokenId;
+    use crate::noise::{MIXERS, NoiseRow, TOKEN_STEP};
 
     // SAFETY (all entries): the table is reached through `Avx2::kernels` only, so whoever calls
     // these holds the proof that the CPU has the feature.
@@ -198,12 +181,67 @@ mod avx2 {
 
     #[target_feature(enable = "avx2")]
     fn block_maxima(row: &[f32], maxima: &mut [f32]) -> bool {
-        block_maxima_body(row, maxima)
+        let (blocks, tail) = row.as_chunks::<SCAN_LEN>();
+        let (whole, last) = maxima.split_at_mut(blocks.len());
+        let infinity = _mm256_set1_ps(f32::INFINITY);
+        let mut unsound = _mm256_setzero_ps();
+        for (block, maximum) in blocks.iter().zip(whole) {
+            let mut lanes = _mm256_set1_ps(f32::NEG_INFINITY);
+            for part in block.as_chunks::<LANES>().0 {
+                let [a, b, c, d, e, f, g, h] = *part;
+                let part = _mm256_setr_ps(a, b, c, d, e, f, g, h);
+                lanes = _mm256_max_ps(lanes, part);
+                // True for NaN too.
+                let is_unsound = _mm256_cmp_ps::<_CMP_NLT_UQ>(part, infinity);
+                unsound = _mm256_or_ps(unsound, is_unsound);
+            }
+            let high = _mm256_extractf128_ps::<1>(lanes);
+            let halves = _mm_max_ps(_mm256_castps256_ps128(lanes), high);
+            let pairs = _mm_max_ps(halves, _mm_movehl_ps(halves, halves));
+            let one = _mm_max_ss(pairs, _mm_movehdup_ps(pairs));
+            *maximum = _mm_cvtss_f32(one) + 0.0;
+        }
+        let is_tail_sound = block_maxima_plain(tail, last);
+        is_tail_sound && _mm256_testz_ps(unsound, unsound) == 1
     }
 
+    /// The low 64 bits of products with a constant.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn multiply(a: __m256i, factor: u64) -> __m256i {
+        let low = _mm256_set1_epi64x(factor.cast_signed());
+        let high = _mm256_set1_epi64x((factor >> 32).cast_signed());
+        let high_of_a = _mm256_srli_epi64::<32>(a);
+        let cross = _mm256_add_epi64(_mm256_mul_epu32(a, high), _mm256_mul_epu32(high_of_a, low));
+        _mm256_add_epi64(_mm256_mul_epu32(a, low), _mm256_slli_epi64::<32>(cross))
+    }
+
+    /// As [`NoiseRow::hash`], four tokens at a time.
     #[target_feature(enable = "avx2")]
     fn noise_hits(noise: &NoiseRow, first: TokenId, limit: u64) -> u32 {
-        noise_hits_body(noise, first, limit)
+        const STEP: i64 = TOKEN_STEP.cast_signed();
+        let [key_start, key_middle] = noise.key();
+        let start = key_start.wrapping_add(u64::from(first.0).wrapping_mul(TOKEN_STEP));
+        let steps = [0, STEP, STEP.wrapping_mul(2), STEP.wrapping_mul(3)];
+        let steps = _mm256_setr_epi64x(steps[0], steps[1], steps[2], steps[3]);
+        let mut next = _mm256_add_epi64(_mm256_set1_epi64x(start.cast_signed()), steps);
+        let key_middle = _mm256_set1_epi64x(key_middle.cast_signed());
+        // Comparisons are signed: turning the highest bit around makes them the ones wanted.
+        let sign = _mm256_set1_epi64x(i64::MIN);
+        let limit = _mm256_xor_si256(_mm256_set1_epi64x(limit.cast_signed()), sign);
+        let mut hits = 0;
+        for part in 0..SCAN_LEN / 4 {
+            let h = _mm256_xor_si256(next, _mm256_srli_epi64::<30>(next));
+            let h = _mm256_xor_si256(multiply(h, MIXERS[0]), key_middle);
+            let h = _mm256_xor_si256(h, _mm256_srli_epi64::<27>(h));
+            let h = multiply(h, MIXERS[1]);
+            let h = _mm256_xor_si256(h, _mm256_srli_epi64::<31>(h));
+            let is_below = _mm256_cmpgt_epi64(limit, _mm256_xor_si256(h, sign));
+            let below = _mm256_movemask_pd(_mm256_castsi256_pd(is_below)).cast_unsigned();
+            hits |= (below ^ 0b1111) << (part * 4);
+            next = _mm256_add_epi64(next, _mm256_set1_epi64x(STEP.wrapping_mul(4)));
+        }
+        hits
     }
 
     #[target_feature(enable = "avx2")]
