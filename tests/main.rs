@@ -29,6 +29,7 @@ mod malformed_messages;
 mod metrics;
 mod model_files;
 mod noise;
+mod products;
 mod program;
 mod raw_grpc;
 mod raw_http2;
