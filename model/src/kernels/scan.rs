@@ -48,8 +48,8 @@ pub fn block_maxima(isa: Isa, row: &[f32], maxima: &mut [f32]) -> bool {
     (isa.kernels().scan.block_maxima)(row, maxima)
 }
 
-/// Which of the [`SCAN_LEN`] tokens from `first` on have a [hash](NoiseRow::hash) of at least
-/// `limit`: bit i stands for token `first + i`.
+/// Which of the [`SCAN_LEN`] tokens from `first` on have a hash of at least `limit`: bit i stands
+/// for token `first + i`. The high 53 bits of a hash are [`NoiseRow::bits`].
 #[must_use]
 pub fn noise_hits(isa: Isa, noise: &NoiseRow, first: TokenId, limit: u64) -> u32 {
     (isa.kernels().scan.noise_hits)(noise, first, limit)
