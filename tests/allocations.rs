@@ -21,8 +21,8 @@ use slipstream_server::engine::{Engine, EngineConfig, EngineParts};
 use slipstream_tests::micro_pair;
 use slipstream_tests::requests::plain_request;
 
-/// Whether the network's own forward pass is counted too. False as long as it allocates.
-const IS_NETWORK_COUNTED: bool = false;
+/// Whether the networks' own forward passes are counted too; to find out who is to blame.
+const IS_NETWORK_COUNTED: bool = true;
 
 const NUM_SEQUENCES: u64 = 4;
 const PROMPT_LEN: u32 = 40;
