@@ -42,3 +42,4 @@ mod slow_readers;
 mod tidy;
 mod tokenizer;
 mod unruly_clients;
+mod weight_formats;

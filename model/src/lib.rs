@@ -30,4 +30,5 @@ pub mod sampling;
 pub mod token_bytes;
 pub mod tokenizer;
 pub mod transformer;
+pub mod tuning;
 pub mod weights;

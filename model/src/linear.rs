@@ -1,11 +1,16 @@
 //! Owns matrices as the network uses them: packed for the kernels, multiplied with the rows of a
 //! step. Knows weights by name only to report what is wrong with them; knows no layers.
 
+use std::collections::TryReserveError;
 use std::ops::Range;
 
 use crate::compute::{Compute, InputRows};
-use crate::kernels::packed::{F32Lanes, PackedFloats, PackedQuants, Q8Tile, STRIP_LEN};
-use crate::kernels::products::{Epilogue, product_floats, product_quants};
+use crate::kernels::packed::{
+    Bf16Lanes, F16Lanes, F32Lanes, PackedFloats, PackedQuants, Q4Tile, Q8Tile, STRIP_LEN,
+};
+use crate::kernels::products::{
+    Epilogue, FloatWeights, QuantBlock, QuantWeights, product_floats, product_quants,
+};
 use crate::kernels::tile::{Grid, Tile};
 use crate::kernels::{Isa, QUANT_BLOCK_LEN};
 use crate::packed::ModelError;
@@ -24,13 +29,57 @@ const PANEL_BYTES: usize = 256 << 10;
 /// A packed matrix that maps rows of `in_len` numbers to rows of `out_len`.
 #[derive(Debug)]
 pub struct Linear {
-    packed: Packed,
+    out_len: usize,
+    in_len: usize,
+    packed: Box<dyn Packed>,
 }
 
-#[derive(Debug)]
-enum Packed {
-    F32(PackedFloats<F32Lanes>),
-    Q8_0(PackedQuants<Q8Tile>),
+/// A matrix of some format, packed.
+trait Packed: std::fmt::Debug + Send + Sync {
+    fn num_bytes(&self) -> usize;
+    fn read_row(&self, row: usize, out: &mut [f32]);
+    /// Whether its products read quantised input.
+    fn is_quantised(&self) -> bool;
+    /// Multiplies some strips with some rows of the input.
+    fn product(&self, isa: Isa, part: Part<'_>, epilogue: Epilogue, out: &mut Tile<'_>);
+}
+
+impl<L: FloatWeights + std::fmt::Debug> Packed for PackedFloats<L> {
+    fn num_bytes(&self) -> usize {
+        self.num_bytes()
+    }
+
+    fn read_row(&self, row: usize, out: &mut [f32]) {
+        self.read_row(row, out);
+    }
+
+    fn is_quantised(&self) -> bool {
+        false
+    }
+
+    fn product(&self, isa: Isa, part: Part<'_>, epilogue: Epilogue, out: &mut Tile<'_>) {
+        let Part { input, strips, rows } = part;
+        product_floats(isa, self.strips(strips), input.values(rows), epilogue, out);
+    }
+}
+
+impl<T: QuantWeights + std::fmt::Debug> Packed for PackedQuants<T> {
+    fn num_bytes(&self) -> usize {
+        self.num_bytes()
+    }
+
+    fn read_row(&self, row: usize, out: &mut [f32]) {
+        self.read_row(row, out);
+    }
+
+    fn is_quantised(&self) -> bool {
+        true
+    }
+
+    fn product(&self, isa: Isa, part: Part<'_>, epilogue: Epilogue, out: &mut Tile<'_>) {
+        let Part { input, strips, rows } = part;
+        product_quants(isa, self.strips(strips), input.quants(rows), epilogue, out);
+    }
 }
 
 impl Linear {
@@ -47,53 +96,43 @@ impl Linear {
             return Err(wrong(format!("[{out_len}, {in_len}]")));
         }
         let num_weights = out_len.saturating_mul(in_len);
-        let no_memory = |_| ModelError::OutOfMemory { what: name.to_owned(), bytes: num_weights };
-        let packed = match data {
-            MatrixData::F32(data) => {
-                if data.len() != num_weights {
-                    return Err(wrong(format!("{} numbers", data.len())));
-                }
-                Packed::F32(PackedFloats::pack(out_len, in_len, &data).map_err(no_memory)?)
-            }
-            MatrixData::Q8_0 { scales, quants } => {
-                if !in_len.is_multiple_of(QUANT_BLOCK_LEN) {
-                    return Err(ModelError::PartialBlock { tensor: name.to_owned(), in_len });
-                }
-                if quants.len() != num_weights || scales.len() != num_weights / QUANT_BLOCK_LEN {
-                    return Err(wrong(format!("{} quants, {} scales", quants.len(), scales.len())));
-                }
-                let packed = PackedQuants::pack(out_len, in_len, &quants, &scales);
-                Packed::Q8_0(packed.map_err(no_memory)?)
-            }
+        let (num_stored, num_scales) = match &data {
+            MatrixData::F32(data) => (data.len(), 0),
+            MatrixData::F16(data) => (data.len(), 0),
+            MatrixData::Bf16(data) => (data.len(), 0),
+            MatrixData::Q8_0 { scales, quants } => (quants.len(), scales.len()),
+            MatrixData::Q4_0 { scales, quants } => (quants.len() * 2, scales.len()),
         };
-        Ok(Self { packed })
+        if num_stored != num_weights {
+            return Err(wrong(format!("{num_stored} numbers")));
+        }
+        if data.is_quantised() && !in_len.is_multiple_of(QUANT_BLOCK_LEN) {
+            return Err(ModelError::PartialBlock { tensor: name.to_owned(), in_len });
+        }
+        if data.is_quantised() && num_scales != num_weights / QUANT_BLOCK_LEN {
+            return Err(wrong(format!("{num_scales} scales")));
+        }
+        let packed = pack([out_len, in_len], &data);
+        let no_memory = |_| ModelError::OutOfMemory { what: name.to_owned(), bytes: num_weights };
+        Ok(Self { out_len, in_len, packed: packed.map_err(no_memory)? })
     }
 
     /// Length of an output row.
     #[must_use]
     pub fn out_len(&self) -> usize {
-        match &self.packed {
-            Packed::F32(matrix) => matrix.out_len(),
-            Packed::Q8_0(matrix) => matrix.out_len(),
-        }
+        self.out_len
     }
 
     /// Length of an input row.
     #[must_use]
     pub fn in_len(&self) -> usize {
-        match &self.packed {
-            Packed::F32(matrix) => matrix.in_len(),
-            Packed::Q8_0(matrix) => matrix.in_len(),
-        }
+        self.in_len
     }
 
     /// Memory held, in bytes.
     #[must_use]
     pub fn num_bytes(&self) -> usize {
-        match &self.packed {
-            Packed::F32(matrix) => matrix.num_bytes(),
-            Packed::Q8_0(matrix) => matrix.num_bytes(),
-        }
+        self.packed.num_bytes()
     }
 
     /// Writes one row of the matrix, `[in]`, as floats: the lookup of an embedding.
@@ -101,37 +140,34 @@ impl Linear {
     /// # Panics
     /// When there is no such row or `out` has another length.
     pub fn read_row(&self, row: usize, out: &mut [f32]) {
-        match &self.packed {
-            Packed::F32(matrix) => matrix.read_row(row, out),
-            Packed::Q8_0(matrix) => matrix.read_row(row, out),
-        }
-    }
-
-    /// Whether its products read quantised input.
-    fn is_quantised(&self) -> bool {
-        match &self.packed {
-            Packed::F32(_) => false,
-            Packed::Q8_0(_) => true,
-        }
-    }
-
-    /// Multiplies some strips with some rows of the input.
-    fn product(&self, isa: Isa, part: Part<'_>, epilogue: Epilogue, out: &mut Tile<'_>) {
-        let Part { input, strips, rows } = part;
-        match &self.packed {
-            Packed::F32(matrix) => {
-                product_floats(isa, matrix.strips(strips), input.values(rows), epilogue, out);
-            }
-            Packed::Q8_0(matrix) => {
-                product_quants(isa, matrix.strips(strips), input.quants(rows), epilogue, out);
-            }
-        }
+        self.packed.read_row(row, out);
     }
 
     /// Bytes of input that a row of a product reads.
     fn input_bytes(&self) -> usize {
-        if self.is_quantised() { self.in_len() * 5 / 4 } else { self.in_len() * size_of::<f32>() }
+        match self.packed.is_quantised() {
+            true => self.in_len / QUANT_BLOCK_LEN * size_of::<QuantBlock>(),
+            false => self.in_len * size_of::<f32>(),
+        }
     }
+}
+
+/// Packs numbers whose lengths were checked.
+fn pack(
+    [out_len, in_len]: [usize; 2],
+    data: &MatrixData,
+) -> Result<Box<dyn Packed>, TryReserveError> {
+    Ok(match data {
+        MatrixData::F32(data) => Box::new(PackedFloats::<F32Lanes>::pack(out_len, in_len, data)?),
+        MatrixData::F16(data) => Box::new(PackedFloats::<F16Lanes>::pack(out_len, in_len, data)?),
+        MatrixData::Bf16(data) => Box::new(PackedFloats::<Bf16Lanes>::pack(out_len, in_len, data)?),
+        MatrixData::Q8_0 { scales, quants } => {
+            Box::new(PackedQuants::<Q8Tile>::pack(out_len, in_len, quants, scales)?)
+        }
+        MatrixData::Q4_0 { scales, quants } => {
+            Box::new(PackedQuants::<Q4Tile>::pack(out_len, in_len, quants, scales)?)
+        }
+    })
 }
 
 /// What a tile multiplies.
@@ -209,7 +245,7 @@ pub fn multiply<const N: usize>(
     for matrix in products.iter().flat_map(Product::matrices) {
         assert_eq!(input.in_len(), matrix.in_len(), "input rows are as long as the matrix wants");
         macs = macs.saturating_add(num_rows * matrix.in_len() * matrix.out_len());
-        if matrix.is_quantised() {
+        if matrix.packed.is_quantised() {
             input.quantise(compute);
         }
     }
@@ -226,8 +262,8 @@ pub fn multiply<const N: usize>(
         let (matrix, epilogue, gated) = jobs[index];
         let strips = place.columns.start / STRIP_LEN..place.columns.end.div_ceil(STRIP_LEN);
         let part = Part { input, strips, rows: place.rows };
-        let Some(up) = gated else { return matrix.product(isa, part, epilogue, &mut tile) };
-        matrix.product(isa, part.clone(), epilogue, &mut tile);
-        up.product(isa, part, Epilogue::SwiGlu, &mut tile);
+        let Some(up) = gated else { return matrix.packed.product(isa, part, epilogue, &mut tile) };
+        matrix.packed.product(isa, part.clone(), epilogue, &mut tile);
+        up.packed.product(isa, part, Epilogue::SwiGlu, &mut tile);
     });
 }

@@ -73,6 +73,12 @@ impl Transformer {
         self.compute.share_products_from(macs);
     }
 
+    /// Threads of its team, the caller included.
+    #[must_use]
+    pub fn num_threads(&mut self) -> usize {
+        self.compute.team().num_threads()
+    }
+
     /// The weights it runs on.
     #[must_use]
     pub fn model(&self) -> &Arc<PackedLlama> {
