@@ -1,7 +1,7 @@
 //! Owns how the attention of a step is cut: tiles, and the splits of tiles where there are too few
 //! of them. Knows lengths; computes nothing and cannot change a bit.
 
-use crate::batch::RaggedBatch;
+use super::RowPlace;
 use crate::kernels::SPLIT_LEN;
 
 /// Queries of a tile, about: what is computed between two passes over keys and values stays in the
@@ -19,7 +19,7 @@ pub(super) struct Tile {
     pub(super) segment: usize,
     /// The key/value head.
     pub(super) kv_head: usize,
-    /// Its first row within the batch.
+    /// Its first row within the rows that attend.
     pub(super) first_row: usize,
     /// Rows.
     pub(super) num_rows: usize,
@@ -63,9 +63,11 @@ pub(super) struct Piece {
     pub(super) split: usize,
 }
 
-/// How a segment is cut.
-#[derive(Clone, Copy, Debug)]
+/// How the rows of a segment are cut.
+#[derive(Clone, Copy, Debug, Default)]
 struct SegmentTiles {
+    /// Position of its first row that attends.
+    start: usize,
     /// Number of its first tile.
     first: usize,
     /// Tiles per key/value head.
@@ -89,27 +91,31 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Cuts a batch into tiles.
-    pub(super) fn make(&mut self, batch: &RaggedBatch, num_kv_heads: usize, group_len: usize) {
+    /// Cuts rows into tiles. Rows of a segment follow each other in order of position; segments
+    /// may be left out.
+    pub(super) fn make(&mut self, places: &[RowPlace], num_kv_heads: usize, group_len: usize) {
         let Self { tiles, segments, pieces, queries_max, cost, tile_cost_max } = self;
         (tiles.clear(), segments.clear(), pieces.clear());
         (*queries_max, *cost, *tile_cost_max) = (0, 0, 0);
         let rows_max = (TILE_QUERIES / group_len).clamp(*TILE_ROWS.start(), *TILE_ROWS.end());
-        for (segment, part) in batch.segments().iter().enumerate() {
-            let num_rows = part.rows.len();
+        let mut first_row = 0;
+        for part in places.chunk_by(|a, b| a.segment == b.segment) {
+            let RowPlace { segment, position: start } = part[0];
+            let num_rows = part.len();
             let num = num_rows.div_ceil(rows_max);
             let rows = num_rows.div_ceil(num);
             let num = num_rows.div_ceil(rows);
-            segments.push(SegmentTiles { first: tiles.len(), num, rows });
+            segments.resize(segment, SegmentTiles::default());
+            segments.push(SegmentTiles { start, first: tiles.len(), num, rows });
             *queries_max = (*queries_max).max(rows * group_len);
             for kv_head in 0..num_kv_heads {
                 for row in (0..num_rows).step_by(rows) {
                     let tile = Tile {
                         segment,
                         kv_head,
-                        first_row: part.rows.start + row,
+                        first_row: first_row + row,
                         num_rows: rows.min(num_rows - row),
-                        start: part.start + row,
+                        start: start + row,
                         first_piece: 0,
                     };
                     let tile_cost = tile.cost() * group_len;
@@ -118,6 +124,7 @@ impl Plan {
                     tiles.push(tile);
                 }
             }
+            first_row += num_rows;
         }
     }
 
@@ -157,9 +164,10 @@ impl Plan {
         self.cost
     }
 
-    /// Where a row of a segment is computed for a key/value head: the tile and the row in it.
-    pub(super) fn find(&self, segment: usize, row: usize, kv_head: usize) -> (usize, usize) {
-        let SegmentTiles { first, num, rows } = self.segments[segment];
+    /// Where a row is computed for a key/value head: the tile and the row in it.
+    pub(super) fn find(&self, place: RowPlace, kv_head: usize) -> (usize, usize) {
+        let SegmentTiles { start, first, num, rows } = self.segments[place.segment];
+        let row = place.position - start;
         (first + kv_head * num + row / rows, row % rows)
     }
 }

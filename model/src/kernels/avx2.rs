@@ -81,6 +81,7 @@ pub(super) const TABLE: Kernels = Kernels {
         // SAFETY: see the table.
         unsafe { exp_slice(values) }
     },
+    scan: &super::scan::AVX2,
 };
 
 #[target_feature(enable = "avx2,fma,f16c")]

@@ -19,6 +19,7 @@ mod avx512;
 pub mod packed;
 mod plain;
 pub mod products;
+pub mod scan;
 pub mod team;
 pub mod tile;
 
@@ -113,6 +114,7 @@ struct Kernels {
     swiglu: fn(&mut [f32], &[f32]),
     attention: &'static attention::AttentionKernels,
     exp: fn(&mut [f32]),
+    scan: &'static scan::ScanKernels,
 }
 
 /// RMSNorm (arXiv 1910.07467, equation 4): `out = (x * scale) * weight` with

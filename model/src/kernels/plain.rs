@@ -22,6 +22,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     swiglu,
     attention: &attention::KERNELS,
     exp: |values| values.iter_mut().for_each(|value| *value = exp(*value)),
+    scan: &super::scan::PLAIN,
 };
 
 /// The fixed tree: how 8 lanes become one number.
