@@ -17,7 +17,7 @@ use slipstream_model::kv_pool::{KvPool, KvPoolOptions, KvType, Slot};
 use slipstream_tests::random::Rng;
 use slipstream_tests::timing::timed;
 
-use crate::kernels::{check, floats};
+use slipstream_tests::kernel_checks::{check, floats};
 
 const SEED: u64 = 20_261_121;
 
@@ -61,10 +61,12 @@ fn kernels_equal_their_twins_in_both_precisions() {
                 // The plain twin in single precision is what both precisions must give.
                 let wide = block.both()[0];
                 let keys = |isa| block.both()[usize::from(isa != Isa::Plain)];
-                check(&format!("scores {num} x {head_dim}"), |isa| scores(wide, isa));
-                check(&format!("f16 scores {num} x {head_dim}"), |isa| scores(keys(isa), isa));
+                check(&format!("scores {num} x {head_dim}"), SEED, |isa| scores(wide, isa));
+                check(&format!("f16 scores {num} x {head_dim}"), SEED, |isa| {
+                    scores(keys(isa), isa)
+                });
                 let halves = scores(block.both()[1], Isa::Plain);
-                check(&format!("plain f16 scores {num} x {head_dim}"), |isa| match isa {
+                check(&format!("plain f16 scores {num} x {head_dim}"), SEED, |isa| match isa {
                     Isa::Plain => scores(wide, isa),
                     _ => halves.clone(),
                 });
@@ -77,10 +79,10 @@ fn kernels_equal_their_twins_in_both_precisions() {
                     out
                 };
                 let what = format!("sums {num} x {head_dim} of {len}");
-                check(&what, |isa| sums(wide, isa));
-                check(&format!("f16 {what}"), |isa| sums(keys(isa), isa));
+                check(&what, SEED, |isa| sums(wide, isa));
+                check(&format!("f16 {what}"), SEED, |isa| sums(keys(isa), isa));
                 let halves = sums(block.both()[1], Isa::Plain);
-                check(&format!("plain f16 {what}"), |isa| match isa {
+                check(&format!("plain f16 {what}"), SEED, |isa| match isa {
                     Isa::Plain => sums(wide, isa),
                     _ => halves.clone(),
                 });
@@ -94,7 +96,7 @@ fn softmax_equals_its_twin() {
     let mut rng = Rng::new(SEED + 1);
     for len in 1..=SPLIT_LEN {
         let x = floats(&mut rng, len, [0, 0, 100][len % 3]);
-        check(&format!("softmax {len}"), |isa| {
+        check(&format!("softmax {len}"), SEED, |isa| {
             let mut scores: Vec<f32> = x.iter().map(|x| x * 9.0).collect();
             let sum = attention::softmax(isa, &mut scores);
             scores.extend([sum.max, sum.sum]);
@@ -120,7 +122,7 @@ fn half_precision_is_rounded_to_the_nearest_and_too_large_is_nan() {
             attention::narrow(isa, &numbers, &mut out);
             out
         };
-        check("narrow", |isa| narrow(isa).iter().map(|half| half.to_f32()).collect());
+        check("narrow", SEED, |isa| narrow(isa).iter().map(|half| half.to_f32()).collect());
         for (&number, half) in numbers.iter().zip(narrow(Isa::Plain)) {
             if number.is_nan() || number.abs() >= 65520.0 {
                 assert!(half.is_nan(), "{number:e} became {half:e}");

@@ -16,7 +16,7 @@ use slipstream_model::ids::{BLOCK_LEN, BlockId, TokenId};
 use slipstream_model::kernels::Isa;
 use slipstream_model::kv_pool::KvType;
 use slipstream_model::load::{
-    LoadOptions, LoadStage, LoadedModel, ModelSource, WeightFormat, dequantize_q8_0, load,
+    LoadOptions, LoadStage, LoadedModel, ModelSource, WeightFormat, dequantize_q8_0, load, widen,
 };
 use slipstream_model::packed::PackedLlama;
 use slipstream_model::reference::ReferenceModel;
@@ -138,8 +138,8 @@ fn check_transformer(label: &str, model: &LoadedModel, golden: &Golden) {
 /// alone puts its logits `rounding` away.
 fn check_rounded(label: &str, model: &LoadedModel, golden: &Golden, rounding: f64) {
     let tolerance = match model.weights.embedding.data {
-        MatrixData::F32(_) => F32_TOLERANCE,
-        MatrixData::Q8_0 { .. } => Q8_0_TOLERANCE,
+        MatrixData::F32(_) | MatrixData::F16(_) | MatrixData::Bf16(_) => F32_TOLERANCE,
+        MatrixData::Q8_0 { .. } | MatrixData::Q4_0 { .. } => Q8_0_TOLERANCE,
     };
     for isa in Isa::available() {
         let found = golden.distance(&transformer_logits(model, isa, &golden.tokens));
@@ -279,7 +279,7 @@ fn progress_counts_each_stage_to_its_end() {
     let source = ModelSource::Path(fixture("llama-gqa/model-q8_0.gguf"));
     let model = load(source, &LoadOptions::default(), &mut |report| reports.push(report)).unwrap();
     assert_eq!(model.name, "model-q8_0");
-    for stage in [LoadStage::Read, LoadStage::Weights, LoadStage::Digest] {
+    for stage in [LoadStage::Weights, LoadStage::Digest] {
         let of_stage: Vec<_> = reports.iter().filter(|report| report.stage == stage).collect();
         assert!(of_stage.is_sorted_by_key(|report| report.done_bytes), "{stage:?}");
         let last = of_stage.last().unwrap_or_else(|| panic!("{stage:?} reports nothing"));
@@ -317,12 +317,8 @@ fn as_gguf(model: &LoadedModel) -> GgufBuilder {
         file.tensor(name, &dims);
         file.tensor_mut(name).bytes = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
     };
-    let numbers = |matrix: &Matrix| match &matrix.data {
-        MatrixData::F32(numbers) => numbers.clone(),
-        MatrixData::Q8_0 { scales, quants } => dequantize_q8_0(scales, quants),
-    };
     let mut put_matrix = |name: &str, matrix: &Matrix, is_rotated: bool| {
-        let mut rows = numbers(matrix);
+        let mut rows = widen(&matrix.data);
         if is_rotated {
             rows = interleaved(&rows, matrix.in_len, config.head_dim);
         }
@@ -414,6 +410,26 @@ fn the_micro_pair_gives_the_logits_of_its_goldens() {
         let wanted = golden_file(&fixture(&format!("micro-{name}-golden.safetensors")), "logits");
         for format in [None, Some(WeightFormat::F32)] {
             check(&format!("{name} as {format:?}"), &load_path(&path, format), &wanted);
+        }
+    }
+}
+
+#[test]
+fn rounded_models_compute_what_their_weights_say() {
+    let formats = [WeightFormat::F32, WeightFormat::Q8_0, WeightFormat::Q4_0].map(Some);
+    for name in ["llama-f16", "llama-bf16", "llama-gqa", "llama-gqa/model-q8_0.gguf"] {
+        let wanted = golden(name.split('/').next().unwrap(), "golden.safetensors");
+        for format in formats.into_iter().chain([None]) {
+            let model = match name.contains('/') {
+                true => load_path(&fixture(name), format),
+                false => load_path(directory(name, "config.json").path(), format),
+            };
+            let reference = ReferenceModel::new(&model.config, &model.weights).unwrap();
+            let logits = reference.logits(&wanted.tokens).unwrap();
+            let rounding = distance(&logits, &wanted.logits);
+            report(&format!("  {name} as {format:?}: {rounding:.2e} off the original"));
+            let of_weights = Golden::whole(wanted.tokens.clone(), logits);
+            check(&format!("{name} as {format:?}"), &model, &of_weights);
         }
     }
 }

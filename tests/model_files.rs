@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use slipstream_model::load::{LoadError, LoadOptions, LoadedModel, ModelSource, load};
-use slipstream_tests::gguf_builder::{GgufBuilder, HIDDEN, TYPE_Q8_0, Value, texts};
+use slipstream_tests::gguf_builder::{FFN, GgufBuilder, HIDDEN, TYPE_Q8_0, Value, texts};
 use slipstream_tests::random::Rng;
 use slipstream_tests::timing::timed;
 use tempfile::NamedTempFile;
@@ -114,7 +114,7 @@ fn unsound_tensor_tables_are_refused() {
     });
     refused("crooked offset", &[KEY, "multiple of 32"], |f| f.tensor_mut(KEY).offset = Some(33));
     refused("overlap", &["overlaps"], |f| f.tensor_mut(KEY).offset = Some(0));
-    refused("type Q4_0", &[KEY, "Q4_0"], |f| f.tensor_mut(KEY).code = 2);
+    refused("type Q2_K", &[KEY, "Q2_K", "Q4_0"], |f| f.tensor_mut(KEY).code = 10);
     refused("type 77", &[KEY, "number 77"], |f| f.tensor_mut(KEY).code = 77);
     refused("crooked block", &[KEY, "block of 32"], |f| {
         let tensor = f.tensor_mut(KEY);
@@ -348,16 +348,35 @@ fn files_that_are_no_files_and_budgets_are_refused() {
     assert!(absent.contains("no/such/model.gguf"), "{absent}");
     let device = refused_with(Path::new("/dev/zero"));
     assert!(device.contains("not a regular file"), "{device}");
-    let mut file = NamedTempFile::new().unwrap();
-    file.write_all(&[0; 30_001]).unwrap();
-    let large = refused_with(file.path());
-    assert!(large.contains("limit is 30000"), "{large}");
     let mut tiny = NamedTempFile::new().unwrap();
-    let mut builder = GgufBuilder::tiny();
-    builder.set("general.name", Value::Text("budget".to_owned()));
-    tiny.write_all(&builder.build()).unwrap();
-    let bytes = tiny.path().metadata().unwrap().len();
-    let options = LoadOptions { memory_budget_bytes: bytes + 4096, ..LoadOptions::default() };
-    let error = load(ModelSource::Path(tiny.path().to_owned()), &options, &mut |_| {});
+    tiny.write_all(&GgufBuilder::tiny().build()).unwrap();
+    let load_within = |memory_budget_bytes: u64| {
+        let options = LoadOptions { memory_budget_bytes, ..LoadOptions::default() };
+        load(ModelSource::Path(tiny.path().to_owned()), &options, &mut |_| {})
+    };
+    let Err(LoadError::OverBudget { needed_bytes, .. }) = load_within(4096) else {
+        panic!("4096 bytes are enough");
+    };
+    let error = load_within(needed_bytes - 1);
     assert!(matches!(error, Err(LoadError::OverBudget { .. })), "{error:?}");
+    let model = load_within(needed_bytes).unwrap();
+    // The weights, the largest matrix again, its conversion, and 64 rows of rotary tables.
+    let num_bytes = model.weights.num_bytes() as u64;
+    let largest = HIDDEN * FFN;
+    assert_eq!(needed_bytes, num_bytes + largest * 4 + largest * 16 + 64 * 16 * 4);
+}
+
+#[test]
+fn headers_longer_than_what_is_read_at_first_are_read() {
+    let mut file = GgufBuilder::tiny();
+    for (index, len) in [1 << 20, 3 << 20, 4 << 20, 4 << 20].into_iter().enumerate() {
+        file.set(&format!("general.text{index}"), Value::Text("x".repeat(len)));
+    }
+    let long = load_bytes(&file.build()).unwrap();
+    let short = load_bytes(&GgufBuilder::tiny().build()).unwrap();
+    assert_eq!(long.digest, short.digest);
+    let bytes = file.build();
+    for len in [(1 << 20) - 1, 1 << 20, (1 << 20) + 1, 8 << 20, (8 << 20) + 1, 12 << 20] {
+        assert!(load_bytes(&bytes[..len]).is_err(), "accepted with {len} bytes");
+    }
 }

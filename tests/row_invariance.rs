@@ -96,7 +96,10 @@ fn weights(kind: Kind, config: &LlamaConfig) -> LlamaWeights {
         MatrixData::Q8_0 { scales, .. } if kind == Kind::Q8 => {
             scales[nan_row * config.hidden_len / Q8_0_BLOCK_LEN] = f16::NAN;
         }
-        MatrixData::Q8_0 { .. } => {}
+        MatrixData::Q8_0 { .. }
+        | MatrixData::Q4_0 { .. }
+        | MatrixData::F16(_)
+        | MatrixData::Bf16(_) => {}
     }
     LlamaWeights {
         embedding,

@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use half::f16;
+use half::{bf16, f16};
 
 use crate::config::{LlamaConfig, RopeScaling};
 use crate::kv_pool::KvType;
@@ -154,21 +154,30 @@ fn hash_config(hasher: &mut Record, config: &LlamaConfig) {
 
 enum Content<'a> {
     F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
     Q8_0(&'a [f16], &'a [i8]),
+    Q4_0(&'a [f16], &'a [u8]),
 }
 
 impl Content<'_> {
     fn type_name(&self) -> &'static str {
         match self {
             Self::F32(_) => "f32",
+            Self::F16(_) => "f16",
+            Self::Bf16(_) => "bf16",
             Self::Q8_0(..) => "q8_0",
+            Self::Q4_0(..) => "q4_0",
         }
     }
 
     fn num_bytes(&self) -> u64 {
         match self {
             Self::F32(numbers) => numbers.len() as u64 * 4,
+            Self::F16(numbers) => numbers.len() as u64 * 2,
+            Self::Bf16(numbers) => numbers.len() as u64 * 2,
             Self::Q8_0(scales, quants) => scales.len() as u64 * 2 + quants.len() as u64,
+            Self::Q4_0(scales, quants) => scales.len() as u64 * 2 + quants.len() as u64,
         }
     }
 
@@ -177,9 +186,15 @@ impl Content<'_> {
         let mut hasher = blake3::Hasher::new();
         match self {
             Self::F32(numbers) => update(&mut hasher, numbers, |x| x.to_le_bytes()),
+            Self::F16(numbers) => update(&mut hasher, numbers, |x| x.to_le_bytes()),
+            Self::Bf16(numbers) => update(&mut hasher, numbers, |x| x.to_le_bytes()),
             Self::Q8_0(scales, quants) => {
                 update(&mut hasher, scales, |x| x.to_le_bytes());
                 update(&mut hasher, quants, |x| x.to_le_bytes());
+            }
+            Self::Q4_0(scales, quants) => {
+                update(&mut hasher, scales, |x| x.to_le_bytes());
+                hasher.update(quants);
             }
         }
         *hasher.finalize().as_bytes()
@@ -234,7 +249,10 @@ fn norm(name: String, weights: &[f32]) -> NamedTensor<'_> {
 fn matrix(name: String, matrix: &Matrix) -> NamedTensor<'_> {
     let content = match &matrix.data {
         MatrixData::F32(numbers) => Content::F32(numbers),
+        MatrixData::F16(numbers) => Content::F16(numbers),
+        MatrixData::Bf16(numbers) => Content::Bf16(numbers),
         MatrixData::Q8_0 { scales, quants } => Content::Q8_0(scales, quants),
+        MatrixData::Q4_0 { scales, quants } => Content::Q4_0(scales, quants),
     };
     NamedTensor { name, shape: vec![matrix.out_len, matrix.in_len], content }
 }

@@ -39,6 +39,14 @@ pub enum LoadError {
         /// [`LoadOptions::memory_budget_bytes`](crate::load::LoadOptions::memory_budget_bytes).
         budget_bytes: u64,
     },
+    /// The system has not got the memory.
+    #[error("no memory for {what}: {bytes} bytes")]
+    OutOfMemory {
+        /// What it was for.
+        what: String,
+        /// Bytes asked for.
+        bytes: u64,
+    },
     /// Something that every such model has is absent.
     #[error("{what} is missing")]
     Missing {

@@ -11,6 +11,7 @@ pub mod batch;
 pub mod block_manager;
 pub mod choice;
 pub mod clock;
+pub mod compute;
 pub mod config;
 pub mod digest;
 pub mod error;

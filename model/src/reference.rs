@@ -6,8 +6,8 @@ use candle_core::{D, DType, Device, Tensor};
 
 use crate::config::{LlamaConfig, RopeScaling};
 use crate::ids::TokenId;
-use crate::load::dequantize_q8_0;
-use crate::weights::{LlamaWeights, Matrix, MatrixData};
+use crate::load::widen;
+use crate::weights::{LlamaWeights, Matrix};
 
 /// Why the reference forward could not be computed.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +50,7 @@ struct Layer {
 }
 
 impl ReferenceModel {
-    /// Copies the weights into candle tensors; Q8_0 is dequantised.
+    /// Copies the weights into candle tensors, widened exactly.
     ///
     /// # Errors
     /// [`ReferenceError::Candle`] when lengths and shapes disagree.
@@ -203,11 +203,7 @@ fn causal_mask(len: usize) -> candle_core::Result<Tensor> {
 }
 
 fn matrix(matrix: &Matrix) -> candle_core::Result<Tensor> {
-    let weights = match &matrix.data {
-        MatrixData::F32(weights) => weights.clone(),
-        MatrixData::Q8_0 { scales, quants } => dequantize_q8_0(scales, quants),
-    };
-    Tensor::from_vec(weights, (matrix.out_len, matrix.in_len), &Device::Cpu)
+    Tensor::from_vec(widen(&matrix.data), (matrix.out_len, matrix.in_len), &Device::Cpu)
 }
 
 fn vector(weights: &[f32]) -> candle_core::Result<Tensor> {

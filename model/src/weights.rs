@@ -1,16 +1,26 @@
 //! Owns the typed weights of a Llama network as they leave a file: matrices in file order, before
 //! any repacking for kernels. Knows shapes; knows neither file formats nor kernels.
 
-use half::f16;
+use std::collections::BTreeMap;
+
+use half::{bf16, f16};
 
 /// Weights that share one scale in the Q8_0 format, counted along a matrix row.
 pub const Q8_0_BLOCK_LEN: usize = 32;
+/// Weights that share one scale in the Q4_0 format, counted along a matrix row.
+pub const Q4_0_BLOCK_LEN: usize = 32;
+/// What a nibble of the Q4_0 format is above the number it stands for.
+pub const Q4_0_ZERO: i8 = 8;
 
 /// The numbers of one matrix, row-major, `[out, in]`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum MatrixData {
     /// 32-bit floats, `[out * in]`.
     F32(Vec<f32>),
+    /// IEEE half precision, `[out * in]`.
+    F16(Vec<f16>),
+    /// The upper halves of 32-bit floats, `[out * in]`.
+    Bf16(Vec<bf16>),
     /// 8-bit integers with one half-precision scale per 32 weights of a row; weight = scale *
     /// quant.
     Q8_0 {
@@ -18,6 +28,15 @@ pub enum MatrixData {
         scales: Vec<f16>,
         /// `[out * in]`.
         quants: Vec<i8>,
+    },
+    /// 4-bit integers with one half-precision scale per 32 weights of a row; weight = scale *
+    /// (nibble - 8). Of the 16 bytes of a block, byte `j` has weight `j` in its lower nibble and
+    /// weight `j + 16` in its upper one.
+    Q4_0 {
+        /// `[out * in / 32]`.
+        scales: Vec<f16>,
+        /// `[out * in / 2]`.
+        quants: Vec<u8>,
     },
 }
 
@@ -33,11 +52,38 @@ pub struct Matrix {
 }
 
 impl MatrixData {
+    /// Whether products read their input quantised.
+    #[must_use]
+    pub fn is_quantised(&self) -> bool {
+        match self {
+            Self::F32(_) | Self::F16(_) | Self::Bf16(_) => false,
+            Self::Q8_0 { .. } | Self::Q4_0 { .. } => true,
+        }
+    }
+
+    /// What the format is called in digests, logs and messages.
+    #[must_use]
+    pub fn type_name(&self) -> &'static str {
+        match self {
+            Self::F32(_) => "f32",
+            Self::F16(_) => "f16",
+            Self::Bf16(_) => "bf16",
+            Self::Q8_0 { .. } => "q8_0",
+            Self::Q4_0 { .. } => "q4_0",
+        }
+    }
+
     /// Memory of the numbers.
-    fn num_bytes(&self) -> usize {
+    #[must_use]
+    pub fn num_bytes(&self) -> usize {
         match self {
             Self::F32(numbers) => size_of_val(numbers.as_slice()),
+            Self::F16(numbers) => size_of_val(numbers.as_slice()),
+            Self::Bf16(numbers) => size_of_val(numbers.as_slice()),
             Self::Q8_0 { scales, quants } => {
+                size_of_val(scales.as_slice()) + size_of_val(quants.as_slice())
+            }
+            Self::Q4_0 { scales, quants } => {
                 size_of_val(scales.as_slice()) + size_of_val(quants.as_slice())
             }
         }
@@ -94,6 +140,19 @@ impl LlamaWeights {
     pub fn num_bytes(&self) -> usize {
         let of_matrices: usize = self.matrices().iter().map(|m| m.data.num_bytes()).sum();
         of_matrices + self.norms().map(size_of_val).sum::<usize>()
+    }
+
+    /// Memory by format, under the names of [`MatrixData::type_name`]; norms are `f32`.
+    #[must_use]
+    pub fn bytes_by_type(&self) -> BTreeMap<&'static str, usize> {
+        let norms = self.norms().map(|norm| ("f32", size_of_val(norm)));
+        let matrices =
+            self.matrices().into_iter().map(|m| (m.data.type_name(), m.data.num_bytes()));
+        let mut bytes = BTreeMap::new();
+        for (name, more) in norms.chain(matrices) {
+            *bytes.entry(name).or_default() += more;
+        }
+        bytes
     }
 
     fn matrices(&self) -> Vec<&Matrix> {

@@ -29,6 +29,7 @@ use crate::engine::{Engine, EngineParts};
 use crate::grpc::served::{ServedDraft, ServedModel};
 use crate::handle::EngineHandle;
 use crate::metrics::Metrics;
+use crate::metrics::process::ProcessReading;
 use crate::stage;
 
 /// Memory of the verifier's KV pool unless configured.
@@ -181,6 +182,7 @@ pub(crate) fn start(
 /// [`StartupError`] says what to change.
 pub fn assemble(config: &Config, clock: Arc<dyn Clock>) -> Result<Assembly, StartupError> {
     let models = &config.models;
+    let begun = Instant::now();
     let verifier = load_model(VERIFIER, &models.verifier, models)?;
     let draft = match &models.draft {
         Some(choice) => Some(load_model(DRAFT, choice, models)?),
@@ -211,6 +213,7 @@ pub fn assemble(config: &Config, clock: Arc<dyn Clock>) -> Result<Assembly, Star
         token_bytes: served.tokenizer.token_bytes(),
         clock,
     });
+    log_ready(begun.elapsed());
     Ok(Assembly { engine, served, sizes })
 }
 
@@ -220,7 +223,8 @@ fn served(
     model: LoadedModel,
     num_blocks: usize,
 ) -> Result<(ServedModel, Transformer), StartupError> {
-    let LoadedModel { name, config: facts, weights, tokenizer, kv_type, digest } = model;
+    let LoadedModel { name, config: facts, weights, converted: _, tokenizer, kv_type, digest } =
+        model;
     let served = ServedModel {
         name: config.models.name.clone().unwrap_or(name),
         fingerprint: format!("n{NUMERICS_VERSION}-{digest}"),
@@ -274,11 +278,13 @@ fn load_model(
             (ModelSource::GgufBytes(bytes), "this binary".to_owned())
         }
     };
+    let quantize = if role == DRAFT { config.draft_quantize } else { config.quantize };
     let options = LoadOptions {
         context_limit: config.context_limit,
-        format: match config.quantize {
+        format: match quantize {
             Quantize::None => None,
             Quantize::Q8_0 => Some(WeightFormat::Q8_0),
+            Quantize::Q4 => Some(WeightFormat::Q4_0),
         },
         kv_type: match config.kv_type {
             KvPrecision::F32 => KvType::F32,
@@ -288,9 +294,12 @@ fn load_model(
     };
     tracing::info!(role, from, "loading");
     let flag = if role == DRAFT { "draft-model" } else { "model" };
-    let mut reporter = Reporter { role, last: Instant::now() };
-    load(source, &options, &mut |progress| reporter.report(progress))
-        .map_err(|source| StartupError::Load { role, flag, from, source })
+    let begun = Instant::now();
+    let mut reporter = Reporter { role, last: begun };
+    let model = load(source, &options, &mut |progress| reporter.report(progress))
+        .map_err(|source| StartupError::Load { role, flag, from, source })?;
+    log_loaded(role, &model, begun.elapsed());
+    Ok(model)
 }
 
 /// Tells the log how far loading is, now and then.
@@ -306,8 +315,7 @@ impl Reporter {
         }
         self.last = Instant::now();
         let stage = match progress.stage {
-            LoadStage::Read => "reading",
-            LoadStage::Weights => "converting",
+            LoadStage::Weights => "reading",
             LoadStage::Digest => "hashing",
         };
         let percent = progress.done_bytes * 100 / progress.total_bytes.max(1);
@@ -362,6 +370,36 @@ fn kv_blocks(size: KvSize, model: &LoadedModel, max_running: usize) -> Result<us
         Ok(count) if count >= 1 && blocks <= limit => Ok(count),
         Ok(_) | Err(_) => Err(StartupError::KvPool { blocks, block_bytes, limit }),
     }
+}
+
+/// What one model has become in memory: how much of each format, and what was converted to it.
+fn log_loaded(role: &'static str, model: &LoadedModel, took: Duration) {
+    let of_type = |(name, bytes): (&str, usize)| format!("{name} {:.1} MiB", mib(bytes as u64));
+    let weights: Vec<_> = model.weights.bytes_by_type().into_iter().map(of_type).collect();
+    let converted: Vec<_> = model.converted.iter().map(ToString::to_string).collect();
+    let converted = if converted.is_empty() { "nothing".to_owned() } else { converted.join(", ") };
+    tracing::info!(
+        role,
+        model = model.name,
+        weights = weights.join(", "),
+        converted,
+        load_ms = took.as_millis() as u64,
+        "loaded"
+    );
+}
+
+/// What all of it took, packing for the kernels and the KV pool included.
+fn log_ready(took: Duration) {
+    let resident = ProcessReading::take().resident_bytes;
+    tracing::info!(
+        ready_ms = took.as_millis() as u64,
+        resident_mib = resident.map(|bytes| bytes >> 20),
+        "models in memory"
+    );
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }
 
 fn log_sizes(verifier: &LoadedModel, draft: Option<&LoadedModel>, num_blocks: usize) {

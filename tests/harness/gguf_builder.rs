@@ -56,8 +56,16 @@ pub struct GgufBuilder {
 
 /// Number of the type of 32-bit floats.
 pub const TYPE_F32: u32 = 0;
+/// Number of the type of half precision.
+pub const TYPE_F16: u32 = 1;
+/// Number of the type Q4_0.
+pub const TYPE_Q4_0: u32 = 2;
 /// Number of the type Q8_0.
 pub const TYPE_Q8_0: u32 = 8;
+/// Number of the type Q4_K.
+pub const TYPE_Q4_K: u32 = 12;
+/// Number of the type of the upper halves of 32-bit floats.
+pub const TYPE_BF16: u32 = 30;
 const ALIGNMENT: usize = 32;
 
 /// Vocabulary of the tiny network.
@@ -106,6 +114,14 @@ impl GgufBuilder {
     /// A sound file: one layer, tied, byte-level vocabulary of `VOCAB` tokens, one of them special.
     #[must_use]
     pub fn tiny() -> Self {
+        Self::network(HIDDEN, FFN)
+    }
+
+    /// The same with other widths: two heads share the residual stream of `hidden`, and the keys of
+    /// one.
+    #[must_use]
+    pub fn network(hidden: u64, ffn: u64) -> Self {
+        let head_dim = hidden / 2;
         let mut file = Self {
             magic: *b"GGUF",
             version: 3,
@@ -117,12 +133,12 @@ impl GgufBuilder {
         file.set("general.architecture", Value::Text("llama".to_owned()));
         for (key, value) in [
             ("llama.context_length", 64),
-            ("llama.embedding_length", HIDDEN as u32),
+            ("llama.embedding_length", hidden as u32),
             ("llama.block_count", 1),
-            ("llama.feed_forward_length", FFN as u32),
+            ("llama.feed_forward_length", ffn as u32),
             ("llama.attention.head_count", 2),
             ("llama.attention.head_count_kv", 1),
-            ("llama.rope.dimension_count", 16),
+            ("llama.rope.dimension_count", head_dim as u32),
             ("tokenizer.ggml.eos_token_id", 0),
         ] {
             file.set(key, Value::U32(value));
@@ -136,21 +152,21 @@ impl GgufBuilder {
         kinds[0] = 3;
         file.set("tokenizer.ggml.token_type", Value::I32s(kinds));
         file.set("tokenizer.ggml.merges", texts(&["a b", "Ġ a"]));
-        file.tensor("token_embd.weight", &[HIDDEN, VOCAB]);
+        file.tensor("token_embd.weight", &[hidden, VOCAB]);
         for (name, dims) in [
-            ("attn_norm", &[HIDDEN][..]),
-            ("attn_q", &[HIDDEN, HIDDEN]),
-            ("attn_k", &[HIDDEN, 16]),
-            ("attn_v", &[HIDDEN, 16]),
-            ("attn_output", &[HIDDEN, HIDDEN]),
-            ("ffn_norm", &[HIDDEN]),
-            ("ffn_gate", &[HIDDEN, FFN]),
-            ("ffn_up", &[HIDDEN, FFN]),
-            ("ffn_down", &[FFN, HIDDEN]),
+            ("attn_norm", &[hidden][..]),
+            ("attn_q", &[hidden, hidden]),
+            ("attn_k", &[hidden, head_dim]),
+            ("attn_v", &[hidden, head_dim]),
+            ("attn_output", &[hidden, hidden]),
+            ("ffn_norm", &[hidden]),
+            ("ffn_gate", &[hidden, ffn]),
+            ("ffn_up", &[hidden, ffn]),
+            ("ffn_down", &[ffn, hidden]),
         ] {
             file.tensor(&format!("blk.0.{name}.weight"), dims);
         }
-        file.tensor("output_norm.weight", &[HIDDEN]);
+        file.tensor("output_norm.weight", &[hidden]);
         file
     }
 
@@ -189,6 +205,16 @@ impl GgufBuilder {
     /// When there is none of that name.
     pub fn tensor_mut(&mut self, name: &str) -> &mut Tensor {
         self.tensors.iter_mut().find(|tensor| tensor.name == name).expect("a known name")
+    }
+
+    /// Gives a tensor another type and the bytes that it has in it.
+    ///
+    /// # Panics
+    /// When there is none of that name.
+    pub fn retype(&mut self, name: &str, code: u32, bytes: Vec<u8>) -> &mut Self {
+        let tensor = self.tensor_mut(name);
+        (tensor.code, tensor.bytes) = (code, bytes);
+        self
     }
 
     /// The file's bytes.

@@ -12,9 +12,13 @@ mod products;
 
 use std::arch::x86_64::*;
 
-use super::packed::ScaleLanes;
+use super::packed::{GROUP_LEN, STRIP_LEN};
 use super::plain::{self, EXP_MAX, EXP_MIN, EXP_SERIES, LN2_HI, LN2_LO};
+use super::products::{Epilogue, QuantBlock};
 use super::{Kernels, QUANT_BLOCK_LEN};
+
+/// Bytes that memory is fetched in.
+const CACHE_LINE_BYTES: usize = 64;
 
 /// Proof that this CPU has AVX2, FMA and F16C. Only detection makes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,20 +39,34 @@ impl Avx2 {
     }
 }
 
-// SAFETY (all entries): the table is private and handed out by `Avx2::kernels` only, so whoever
-// calls these holds the proof that the CPU has the features.
-static KERNELS: Kernels = Kernels {
-    product_f32: |weights, input, out| {
+static KERNELS: Kernels = TABLE;
+
+// SAFETY (all entries): the table is handed out by `Avx2::kernels`, and by `Avx512::kernels` as
+// part of another, only, so whoever calls these holds the proof that the CPU has the features.
+pub(super) const TABLE: Kernels = Kernels {
+    product_f32: |weights, input, epilogue, out| {
         // SAFETY: see the table.
-        unsafe { products::product_f32(weights, input, out) }
+        unsafe { products::floats(weights, input, epilogue, out) }
     },
-    product_q8_0: |weights, input, out| {
+    product_f16: |weights, input, epilogue, out| {
         // SAFETY: see the table.
-        unsafe { products::product_q8_0(weights, input, out) }
+        unsafe { products::floats(weights, input, epilogue, out) }
     },
-    quantise: |values, quants, scales| {
+    product_bf16: |weights, input, epilogue, out| {
         // SAFETY: see the table.
-        unsafe { quantise(values, quants, scales) }
+        unsafe { products::floats(weights, input, epilogue, out) }
+    },
+    product_q8_0: |weights, input, epilogue, out| {
+        // SAFETY: see the table.
+        unsafe { products::quants(weights, input, epilogue, out) }
+    },
+    product_q4_0: |weights, input, epilogue, out| {
+        // SAFETY: see the table.
+        unsafe { products::quants(weights, input, epilogue, out) }
+    },
+    quantise: |values, blocks| {
+        // SAFETY: see the table.
+        unsafe { quantise(values, blocks) }
     },
     rms_norm: |x, weight, eps, out| {
         // SAFETY: see the table.
@@ -93,24 +111,54 @@ fn store_i8(to: &mut [i8; 32], value: __m256i) {
     unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), value) }
 }
 
+/// Widens 8 half-precision floats, given as bits.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn load_scales(from: &ScaleLanes) -> __m256 {
+fn load_halves(from: &[u16; 8]) -> __m256 {
     // SAFETY: the reference is to 16 readable bytes; the load needs no alignment.
-    let halves = unsafe { _mm_loadu_si128(from.0.as_ptr().cast()) };
+    let halves = unsafe { _mm_loadu_si128(from.as_ptr().cast()) };
     _mm256_cvtph_ps(halves)
 }
 
+/// Asks for an item of a slice, or for what lies behind it, before it is needed.
+#[inline(always)]
+pub(super) fn prefetch<T>(items: &[T], index: usize) {
+    let item = items.as_ptr().wrapping_add(index).cast::<i8>();
+    for line in 0..size_of::<T>().div_ceil(CACHE_LINE_BYTES) {
+        // SAFETY: prefetching neither faults nor changes anything, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(item.wrapping_add(line * CACHE_LINE_BYTES)) };
+    }
+}
+
+/// The four quants of one group of a block, as one 32-bit number.
+#[inline(always)]
+pub(super) fn group_bits(block: &QuantBlock, group: usize) -> i32 {
+    let at = group * GROUP_LEN;
+    let quants = &block.quants;
+    let bytes =
+        [quants[at] as u8, quants[at + 1] as u8, quants[at + 2] as u8, quants[at + 3] as u8];
+    i32::from_le_bytes(bytes)
+}
+
+/// The epilogue of a whole strip, for implementations with wider sums.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn quantise(values: &[f32], quants: &mut [i8], scales: &mut [f32]) {
-    let (blocks, _) = values.as_chunks::<QUANT_BLOCK_LEN>();
-    let (quants, _) = quants.as_chunks_mut::<QUANT_BLOCK_LEN>();
-    for ((block, quants), scale) in blocks.iter().zip(quants).zip(scales) {
-        let (parts, _) = block.as_chunks::<8>();
+#[inline]
+pub(super) fn put_strip(epilogue: Epilogue, out: &mut [f32; STRIP_LEN], sums: &[f32; STRIP_LEN]) {
+    let (outs, _) = out.as_chunks_mut::<8>();
+    for (out, sums) in outs.iter_mut().zip(sums.as_chunks::<8>().0) {
+        products::put_register(epilogue, out, load(sums));
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn quantise(values: &[f32], blocks: &mut [QuantBlock]) {
+    let (all_values, _) = values.as_chunks::<QUANT_BLOCK_LEN>();
+    for (values, block) in all_values.iter().zip(blocks) {
+        let (parts, _) = values.as_chunks::<8>();
         let inverse;
-        (*scale, inverse) = plain::block_scale(largest_magnitude_bits(parts));
+        (block.scale, inverse) = plain::products::block_scale(largest_magnitude_bits(parts));
         if inverse == 0.0 {
-            *quants = [0; QUANT_BLOCK_LEN];
+            (block.quants, block.offset) = ([0; QUANT_BLOCK_LEN], 0);
             continue;
         }
         let inverse = _mm256_set1_ps(inverse);
@@ -123,7 +171,14 @@ fn quantise(values: &[f32], quants: &mut [i8], scales: &mut [f32]) {
         // Packing works on 128-bit halves: 32-bit groups come out as 0 2 4 6 1 3 5 7.
         let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         let bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
-        store_i8(quants, bytes);
+        store_i8(&mut block.quants, bytes);
+        // Sums of absolute differences to -128, in four 64-bit lanes: exact.
+        let raised = _mm256_xor_si256(bytes, _mm256_set1_epi8(i8::MIN));
+        let sums = _mm256_sad_epu8(raised, _mm256_setzero_si256());
+        let pair = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+        let one = _mm_add_epi64(pair, _mm_unpackhi_epi64(pair, pair));
+        let raised_by = 128 * QUANT_BLOCK_LEN as i32;
+        block.offset = -8 * (_mm_cvtsi128_si32(one) - raised_by);
     }
 }
 
@@ -166,15 +221,21 @@ fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
 fn swiglu(gate: &mut [f32], up: &[f32]) {
     let (gates, gate_tail) = gate.as_chunks_mut::<8>();
     let (ups, up_tail) = up.as_chunks::<8>();
-    let (one, sign) = (_mm256_set1_ps(1.0), _mm256_set1_ps(-0.0));
     for (gate, up) in gates.iter_mut().zip(ups) {
-        let x = load(gate);
-        let silu = _mm256_div_ps(x, _mm256_add_ps(one, exp(_mm256_xor_ps(x, sign))));
-        store(gate, _mm256_mul_ps(silu, load(up)));
+        let value = _mm256_mul_ps(silu(load(gate)), load(up));
+        store(gate, value);
     }
     for (gate, &up) in gate_tail.iter_mut().zip(up_tail) {
         *gate = plain::swiglu_one(*gate, up);
     }
+}
+
+/// `x / (1 + exp(-x))`.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn silu(x: __m256) -> __m256 {
+    let (one, sign) = (_mm256_set1_ps(1.0), _mm256_set1_ps(-0.0));
+    _mm256_div_ps(x, _mm256_add_ps(one, exp(_mm256_xor_ps(x, sign))))
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]

@@ -1,26 +1,26 @@
-//! Owns the reading of one GGUF file held in memory, through candle's reader, after
-//! `gguf_header.rs` has checked it: architecture facts from its keys, tensors by name. Knows
-//! nothing of the tokenizer inside beyond the ids it names.
+//! Owns the header of one GGUF file, read by candle after `gguf_header.rs` has checked it:
+//! architecture facts from its keys, where its tensors lie. Knows nothing of the tokenizer inside
+//! beyond the ids it names.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Cursor;
 
-use candle_core::Device;
-use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value};
-use half::{bf16, f16};
 
-use super::gguf_header::{self, key_name};
+use super::convert;
+use super::gguf_header::{self, GgufHeader, key_name};
 use super::limits::{
     MAX_CONTEXT_LEN, MAX_FFN_LEN, MAX_HEAD_DIM, MAX_HEADS, MAX_HIDDEN_LEN, MAX_LAYERS, MAX_VOCAB,
     check_relations,
 };
+use super::network::{Dialect, TensorFile};
+use super::source::Source;
+use super::stored::StoredTensor;
 use super::{LoadOptions, ParsedConfig};
 use crate::config::{LlamaConfig, RopeScaling};
 use crate::error::{LoadError, shown, tensor};
 use crate::ids::TokenId;
 use crate::tokenizer::NamedIds;
-use crate::weights::{MatrixData, Q8_0_BLOCK_LEN};
 
 /// The embedding's name; its rows are the vocabulary.
 const EMBEDDING: &str = "token_embd.weight";
@@ -28,8 +28,9 @@ const EMBEDDING: &str = "token_embd.weight";
 pub(super) const ROPE_DIVISORS: &str = "rope_freqs.weight";
 /// Base of the rotary frequencies where the file names none.
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
-/// Bytes of one Q8_0 block: a half-precision scale, then the quants.
-const Q8_0_BLOCK_BYTES: usize = 2 + Q8_0_BLOCK_LEN;
+/// Bytes of a file that are read for its header at first, and how many times as many are when it
+/// goes on behind them.
+const HEADER_READ: (usize, usize) = (1 << 20, 8);
 
 /// Keys under `llama.` that are read, or that mean nothing to the computation. Any other is
 /// refused: it could change numbers.
@@ -58,73 +59,39 @@ const LLAMA_KEYS: [&str; 20] = [
 
 /// A checked and parsed file.
 pub(super) struct GgufFile<'a> {
-    bytes: &'a [u8],
-    content: Content,
-    shapes: BTreeMap<String, Vec<usize>>,
+    source: Source<'a>,
+    metadata: HashMap<String, Value>,
+    tensors: BTreeMap<String, StoredTensor>,
 }
 
 impl<'a> GgufFile<'a> {
-    /// Checks and parses a whole file.
-    pub(super) fn open(bytes: &'a [u8]) -> Result<Self, LoadError> {
-        let header = gguf_header::check(bytes)?;
-        let content = Content::read(&mut Cursor::new(bytes))
-            .map_err(|error| LoadError::malformed("GGUF file", shown(&error.to_string())))?;
-        let agrees = content.tensor_data_offset == header.data_start as u64
-            && content.tensor_infos.len() == header.num_tensors;
-        if !agrees {
-            return Err(LoadError::malformed("GGUF header", "two readings of it disagree"));
+    /// Checks and parses the header.
+    pub(super) fn open(source: Source<'a>) -> Result<Self, LoadError> {
+        let (mut len, growth) = HEADER_READ;
+        loop {
+            let bytes = source.prefix(len)?;
+            if let Some(header) = gguf_header::check(&bytes, source.num_bytes())? {
+                let metadata = parse(&bytes, &header)?;
+                drop(bytes);
+                return Ok(Self { source, metadata, tensors: header.tensors });
+            }
+            // Ends: nothing lies behind the whole file, and the header's length has a limit.
+            len = len.saturating_mul(growth);
         }
-        let shapes = content
-            .tensor_infos
-            .iter()
-            .map(|(name, info)| (name.clone(), info.shape.dims().to_vec()))
-            .collect();
-        Ok(Self { bytes, content, shapes })
     }
 
     pub(super) fn metadata(&self) -> Metadata<'_> {
-        Metadata { map: &self.content.metadata }
+        Metadata { map: &self.metadata }
     }
 
-    /// Names in order.
-    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        self.shapes.keys().map(String::as_str)
+    /// The tensors, without the rest.
+    pub(super) fn into_tensors(self) -> TensorFile<'a> {
+        TensorFile { source: self.source, tensors: self.tensors, dialect: Dialect::Gguf }
     }
 
     /// Outermost dimension first: `[out, in]`.
-    pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.shapes.get(name).map(Vec::as_slice)
-    }
-
-    pub(super) fn is_q8_0(&self, name: &str) -> bool {
-        self.content.tensor_infos.get(name).is_some_and(|t| t.ggml_dtype == GgmlDType::Q8_0)
-    }
-
-    pub(super) fn stored_bytes(&self, name: &str) -> u64 {
-        self.content.tensor_infos.get(name).map_or(0, |info| {
-            let blocks = info.shape.elem_count() / info.ggml_dtype.block_size();
-            (blocks * info.ggml_dtype.type_size()) as u64
-        })
-    }
-
-    /// The numbers of one tensor, row-major, in the file's own format; half precision is widened.
-    pub(super) fn read(&self, name: &str) -> Result<MatrixData, LoadError> {
-        let stored = self
-            .content
-            .tensor(&mut Cursor::new(self.bytes), name, &Device::Cpu)
-            .map_err(|error| LoadError::candle(name, &error))?;
-        let bytes = stored.data().map_err(|error| LoadError::candle(name, &error))?;
-        match stored.dtype() {
-            GgmlDType::F32 => Ok(MatrixData::F32(numbers(&bytes, f32::from_le_bytes))),
-            GgmlDType::F16 => {
-                Ok(MatrixData::F32(numbers(&bytes, |b| f16::from_le_bytes(b).to_f32())))
-            }
-            GgmlDType::BF16 => {
-                Ok(MatrixData::F32(numbers(&bytes, |b| bf16::from_le_bytes(b).to_f32())))
-            }
-            GgmlDType::Q8_0 => Ok(q8_0(&bytes)),
-            other => Err(LoadError::unsupported(tensor(name), format!("type {other:?}"))),
-        }
+    fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.tensors.get(name).map(|tensor| tensor.shape.as_slice())
     }
 
     /// Architecture facts, with the tokenizer's ids that end a completion.
@@ -185,28 +152,35 @@ impl<'a> GgufFile<'a> {
     }
 
     fn rope_divisors(&self) -> Result<Vec<f32>, LoadError> {
-        if self.shape(ROPE_DIVISORS).is_none() {
+        let Some(stored) = self.tensors.get(ROPE_DIVISORS) else {
             return Ok(Vec::new());
+        };
+        if stored.stored_type.block_len() != 1 || stored.num_weights() > MAX_HEAD_DIM {
+            let reason = "it must hold one float per pair of head dimensions";
+            return Err(LoadError::unsupported(tensor(ROPE_DIVISORS), reason));
         }
-        match self.read(ROPE_DIVISORS)? {
-            MatrixData::F32(divisors) if divisors.len() <= MAX_HEAD_DIM => Ok(divisors),
-            MatrixData::F32(_) | MatrixData::Q8_0 { .. } => Err(LoadError::unsupported(
-                tensor(ROPE_DIVISORS),
-                "it must hold one float per pair of head dimensions",
-            )),
-        }
+        let Self { source, .. } = self;
+        convert::Conversion { source, name: ROPE_DIVISORS, tensor: stored }.finite_floats()
     }
 }
 
-fn numbers<const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> f32) -> Vec<f32> {
-    bytes.as_chunks::<N>().0.iter().map(|number| read(*number)).collect()
-}
-
-fn q8_0(bytes: &[u8]) -> MatrixData {
-    let blocks = bytes.as_chunks::<Q8_0_BLOCK_BYTES>().0;
-    let scales = blocks.iter().map(|block| f16::from_le_bytes([block[0], block[1]])).collect();
-    let quants = blocks.iter().flat_map(|block| &block[2..]).map(|byte| *byte as i8).collect();
-    MatrixData::Q8_0 { scales, quants }
+/// What candle reads from a header that was found sound.
+fn parse(bytes: &[u8], header: &GgufHeader) -> Result<HashMap<String, Value>, LoadError> {
+    let content = Content::read(&mut Cursor::new(bytes))
+        .map_err(|error| LoadError::malformed("GGUF file", shown(&error.to_string())))?;
+    let agrees = content.tensor_data_offset == header.data_start as u64
+        && content.tensor_infos.len() == header.tensors.len()
+        && content.tensor_infos.iter().all(|(name, theirs)| {
+            header.tensors.get(name).is_some_and(|ours| {
+                ours.shape == theirs.shape.dims()
+                    && ours.start == content.tensor_data_offset + theirs.offset
+                    && ours.stored_type.in_candle() == theirs.ggml_dtype
+            })
+        });
+    if !agrees {
+        return Err(LoadError::malformed("GGUF header", "two readings of it disagree"));
+    }
+    Ok(content.metadata)
 }
 
 /// Typed access to the metadata, with errors that name the key.

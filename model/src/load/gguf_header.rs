@@ -2,12 +2,13 @@
 //! byte of it: every count and length is compared with what the file can hold before anything is
 //! allocated. Knows the container only; keys and tensors mean nothing here.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::limits::{
     MAX_GGUF_ARRAY_ELEMENTS, MAX_GGUF_HEADER_BYTES, MAX_GGUF_KEYS, MAX_GGUF_NAME_BYTES,
     MAX_GGUF_STRING_BYTES, MAX_TENSOR_DIMS, MAX_TENSORS,
 };
+use super::stored::{StoredTensor, StoredType};
 use crate::error::{LoadError, shown, tensor};
 
 /// How messages call the part before the tensor data.
@@ -21,8 +22,8 @@ const ALIGNMENTS: std::ops::RangeInclusive<usize> = 8..=1 << 16;
 /// What was learnt on the way.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct GgufHeader {
-    /// Number of tensors.
-    pub(super) num_tensors: usize,
+    /// By name.
+    pub(super) tensors: BTreeMap<String, StoredTensor>,
     /// Where tensor data begins in the file.
     pub(super) data_start: usize,
 }
@@ -65,29 +66,12 @@ impl ValueKind {
 /// Number of a `u32` value in the file format.
 const CODE_U32: u32 = 4;
 
-/// Weights per block and bytes per block of a tensor type that can be loaded.
-fn block_of(code: u32) -> Option<(u64, u64)> {
-    match code {
-        0 => Some((1, 4)),
-        1 | 30 => Some((1, 2)),
-        8 => Some((32, 34)),
-        _ => None,
-    }
-}
-
 /// The names under which other tensor types are known.
 fn type_name(code: u32) -> String {
     let name = match code {
-        2 => "Q4_0",
-        3 => "Q4_1",
-        6 => "Q5_0",
-        7 => "Q5_1",
         9 => "Q8_1",
         10 => "Q2_K",
         11 => "Q3_K",
-        12 => "Q4_K",
-        13 => "Q5_K",
-        14 => "Q6_K",
         15 => "Q8_K",
         28 => "F64",
         _ => return format!("number {code}"),
@@ -97,15 +81,20 @@ fn type_name(code: u32) -> String {
 
 /// Reads forward through the header; every step is checked against the file's end.
 struct Cursor<'a> {
+    /// What has been read of the file.
     bytes: &'a [u8],
+    /// Length of the whole file.
+    file_len: u64,
     position: usize,
     /// Array elements still allowed, over all arrays.
     elements_left: u64,
+    /// Something lay behind `bytes`, but inside the file.
+    wants_more: bool,
 }
 
 impl<'a> Cursor<'a> {
     fn remaining(&self) -> u64 {
-        (self.bytes.len() - self.position) as u64
+        self.file_len - self.position as u64
     }
 
     fn take(&mut self, len: u64, what: &str) -> Result<&'a [u8], LoadError> {
@@ -113,18 +102,23 @@ impl<'a> Cursor<'a> {
             let reason = format!("the file ends inside {what}");
             return Err(LoadError::malformed(PLACE, reason));
         }
-        // Fits: it is at most the length of a slice in memory.
-        let start = self.position;
-        self.position += len as usize;
-        if self.position > MAX_GGUF_HEADER_BYTES {
+        let end = self.position as u64 + len;
+        if end > MAX_GGUF_HEADER_BYTES as u64 {
             return Err(LoadError::TooLarge {
                 what: PLACE.to_owned(),
-                size: self.position as u64,
+                size: end,
                 unit: "bytes",
                 limit: MAX_GGUF_HEADER_BYTES as u64,
             });
         }
-        Ok(&self.bytes[start..self.position])
+        // Fits: it is at most the limit above.
+        let range = self.position..end as usize;
+        let Some(taken) = self.bytes.get(range) else {
+            self.wants_more = true;
+            return Err(LoadError::malformed(PLACE, format!("{what} is not read yet")));
+        };
+        self.position = end as usize;
+        Ok(taken)
     }
 
     fn u32(&mut self, what: &str) -> Result<u32, LoadError> {
@@ -175,9 +169,16 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// Checks the whole file without allocating more than its own sound parts justify.
-pub(super) fn check(bytes: &[u8]) -> Result<GgufHeader, LoadError> {
-    let mut cursor = Cursor { bytes, position: 0, elements_left: MAX_GGUF_ARRAY_ELEMENTS };
+/// Checks a file of `file_len` bytes that begins with `bytes`, without allocating more than its own
+/// sound parts justify. `None` when the header goes on behind them.
+pub(super) fn check(bytes: &[u8], file_len: u64) -> Result<Option<GgufHeader>, LoadError> {
+    let elements_left = MAX_GGUF_ARRAY_ELEMENTS;
+    let mut cursor = Cursor { bytes, file_len, position: 0, elements_left, wants_more: false };
+    let header = read(&mut cursor);
+    if cursor.wants_more { Ok(None) } else { header.map(Some) }
+}
+
+fn read(cursor: &mut Cursor<'_>) -> Result<GgufHeader, LoadError> {
     if cursor.take(4, "its first four bytes")? != MAGIC {
         return Err(LoadError::malformed(PLACE, "the file does not begin with `GGUF`"));
     }
@@ -189,19 +190,20 @@ pub(super) fn check(bytes: &[u8]) -> Result<GgufHeader, LoadError> {
     // A tensor takes a name, a count of dimensions, one dimension, a type and an offset at least.
     let num_tensors = cursor.count("the number of tensors", MAX_TENSORS, 33)?;
     let num_keys = cursor.count("the number of metadata keys", MAX_GGUF_KEYS, 14)?;
-    let alignment = check_metadata(&mut cursor, num_keys)?;
+    let alignment = check_metadata(cursor, num_keys)?;
     let mut extents = Vec::new();
     let mut names = BTreeSet::new();
     for _ in 0..num_tensors {
-        let extent = read_extent(&mut cursor, alignment)?;
+        let extent = read_extent(cursor, alignment)?;
         if !names.insert(extent.name) {
             return Err(LoadError::malformed(tensor(extent.name), "the header lists it twice"));
         }
         extents.push(extent);
     }
     let data_start = cursor.position.next_multiple_of(alignment);
-    check_extents(&mut extents, data_start as u64, bytes.len() as u64)?;
-    Ok(GgufHeader { num_tensors: extents.len(), data_start })
+    check_extents(&mut extents, data_start as u64, cursor.file_len)?;
+    let tensors = extents.into_iter().map(|extent| extent.stored(data_start as u64)).collect();
+    Ok(GgufHeader { tensors, data_start })
 }
 
 /// Walks over all metadata and returns the alignment of tensor data.
@@ -279,6 +281,17 @@ struct Extent<'a> {
     start: u64,
     len: u64,
     name: &'a str,
+    stored_type: StoredType,
+    /// Outermost dimension first.
+    shape: Vec<usize>,
+}
+
+impl Extent<'_> {
+    /// Its bytes were found to end inside the file: the sum cannot overflow.
+    fn stored(self, data_start: u64) -> (String, StoredTensor) {
+        let Self { start, name, stored_type, shape, .. } = self;
+        (name.to_owned(), StoredTensor { stored_type, shape, start: data_start + start })
+    }
 }
 
 fn read_extent<'a>(cursor: &mut Cursor<'a>, alignment: usize) -> Result<Extent<'a>, LoadError> {
@@ -289,28 +302,30 @@ fn read_extent<'a>(cursor: &mut Cursor<'a>, alignment: usize) -> Result<Extent<'
         return Err(bad(format!("it has {num_dims} dimensions")));
     }
     let mut elements = Some(1u64);
-    let mut row_len = 0;
-    for dim in 0..num_dims {
+    let mut shape = Vec::new();
+    for _ in 0..num_dims {
         let len = cursor.u64(&tensor(name))?;
-        if dim == 0 {
-            row_len = len;
-        }
         elements = elements.and_then(|n| n.checked_mul(len)).filter(|n| *n > 0);
+        // Too long a dimension makes the product too large as well.
+        shape.insert(0, usize::try_from(len).unwrap_or(usize::MAX));
     }
+    let row_len = shape[shape.len() - 1];
     let code = cursor.u32(&tensor(name))?;
-    let Some((block_len, block_bytes)) = block_of(code) else {
-        let reason = format!("type {}; F32, F16, BF16 and Q8_0 are", type_name(code));
+    let Some(stored_type) = StoredType::from_gguf(code) else {
+        let reason = format!("type {}; {} are", type_name(code), StoredType::GGUF_NAMES);
         return Err(LoadError::unsupported(tensor(name), reason));
     };
-    if row_len % block_len != 0 {
+    let block_len = stored_type.block_len();
+    if !row_len.is_multiple_of(block_len) {
         return Err(bad(format!("rows of {row_len} end inside a block of {block_len}")));
     }
     let start = cursor.u64(&tensor(name))?;
     if start % alignment as u64 != 0 {
         return Err(bad(format!("offset {start} is no multiple of {alignment}")));
     }
-    match elements.and_then(|n| (n / block_len).checked_mul(block_bytes)) {
-        Some(len) => Ok(Extent { start, len, name }),
+    let blocks = elements.map(|n| n / block_len as u64);
+    match blocks.and_then(|n| n.checked_mul(stored_type.block_bytes() as u64)) {
+        Some(len) => Ok(Extent { start, len, name, stored_type, shape }),
         None => Err(bad("its dimensions are zero or beyond all bounds".to_owned())),
     }
 }

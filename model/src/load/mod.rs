@@ -2,9 +2,10 @@
 //! them are untrusted: every size is checked before it is believed, nothing is mapped into memory,
 //! and every error names the key or tensor. Knows nothing of kernels, requests or drafts.
 //!
-//! Read `load` below, then `network.rs` (which tensors a network has); the other files read
-//! formats.
+//! Read `load` below, then `network.rs` (which tensors a network has) and `convert.rs` (how their
+//! numbers get into memory); the other files read formats.
 
+mod convert;
 mod gguf;
 mod gguf_header;
 mod gguf_tokenizer;
@@ -13,29 +14,28 @@ pub mod limits;
 mod network;
 mod quantize;
 mod safetensors;
+mod source;
+mod stored;
 mod tokenizer_json;
 
-use std::fs::File;
-use std::io::Read;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 pub use limits::DEFAULT_MEMORY_BUDGET_BYTES;
-pub use quantize::{Q8Blocks, dequantize_q8_0, quantize_q8_0};
+pub use quantize::{
+    Q4Blocks, Q8Blocks, dequantize_q8_0, quantize_q4_0, quantize_q8_0, unpack_q4_0, widen,
+};
 
 use self::gguf::GgufFile;
 use self::limits::{MAX_CONFIG_JSON_BYTES, MAX_TOKENIZER_JSON_BYTES};
-use self::network::TensorFile;
-use self::safetensors::SafetensorsFile;
+use self::source::{Source, read_small};
 use crate::config::LlamaConfig;
 use crate::digest::ModelDigest;
-use crate::error;
 pub use crate::error::LoadError;
 use crate::kv_pool::KvType;
 use crate::tokenizer::{NamedIds, Tokenizer};
 use crate::weights::LlamaWeights;
 
-/// Bytes read between two reports of progress.
-const READ_CHUNK_BYTES: u64 = 16 << 20;
 /// Longest model name taken from a file, in characters.
 const MAX_NAME_CHARS: usize = 64;
 /// What a model is called that nothing names.
@@ -58,6 +58,8 @@ pub enum WeightFormat {
     F32,
     /// 8-bit integers with a half-precision scale per 32 weights.
     Q8_0,
+    /// 4-bit integers with a half-precision scale per 32 weights.
+    Q4_0,
 }
 
 /// What the operator decides about loading.
@@ -65,11 +67,13 @@ pub enum WeightFormat {
 pub struct LoadOptions {
     /// Positions to offer at most; `None` leaves it to the model.
     pub context_limit: Option<usize>,
-    /// Format in memory; `None` keeps the file's (f16 and bf16 become f32).
+    /// Format of all matrices in memory, the embedding and the output projection among them; `None`
+    /// keeps the file's. Of the formats that are not computed with, `None` turns Q4_K into Q4_0,
+    /// and Q4_1, Q5_0, Q5_1, Q5_K and Q6_K into Q8_0.
     pub format: Option<WeightFormat>,
     /// Type of keys and values that the network will run with: part of the model's identity.
     pub kv_type: KvType,
-    /// Most memory that loading may take at its peak, the file's own bytes included.
+    /// Most memory that loading may take at its peak.
     pub memory_budget_bytes: u64,
 }
 
@@ -97,9 +101,7 @@ impl LoadOptions {
 /// What loading is busy with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoadStage {
-    /// Reading the weights file into memory.
-    Read,
-    /// Converting tensors.
+    /// Reading and converting tensors.
     Weights,
     /// Computing the digest.
     Digest,
@@ -116,6 +118,24 @@ pub struct LoadProgress {
     pub total_bytes: u64,
 }
 
+/// Matrices that have not the format that the file has them in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Converted {
+    /// Type in the file, for example `q4_k`.
+    pub from: &'static str,
+    /// Format in memory, for example `q4_0`.
+    pub to: &'static str,
+    /// How many matrices were converted so.
+    pub num_matrices: usize,
+}
+
+impl fmt::Display for Converted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { from, to, num_matrices } = self;
+        write!(f, "{num_matrices} matrices from {from} to {to}")
+    }
+}
+
 /// A model in memory.
 #[derive(Debug)]
 pub struct LoadedModel {
@@ -125,6 +145,8 @@ pub struct LoadedModel {
     pub config: LlamaConfig,
     /// Weights as they leave the file, or in the format asked for.
     pub weights: LlamaWeights,
+    /// What of them has another format than in the file.
+    pub converted: Vec<Converted>,
     /// The tokenizer that came with them.
     pub tokenizer: Tokenizer,
     /// Type of keys and values to run it with.
@@ -154,11 +176,10 @@ pub fn load(
     match source {
         ModelSource::Path(path) if path.is_dir() => load_directory(&path, options, progress),
         ModelSource::Path(path) => {
-            let bytes = read_weights(&path, options, progress)?;
             let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
-            load_gguf(&bytes, bytes.len() as u64, name, options, progress)
+            load_gguf(Source::open(&path)?, name, options, progress)
         }
-        ModelSource::GgufBytes(bytes) => load_gguf(bytes, 0, None, options, progress),
+        ModelSource::GgufBytes(bytes) => load_gguf(Source::Bytes(bytes), None, options, progress),
     }
 }
 
@@ -167,14 +188,14 @@ fn load_directory(
     options: &LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<LoadedModel, LoadError> {
-    let config = read_file(&dir.join("config.json"), MAX_CONFIG_JSON_BYTES, &mut |_, _| {})?;
+    let config = read_small(&dir.join("config.json"), MAX_CONFIG_JSON_BYTES)?;
     let generation_path = dir.join("generation_config.json");
     let generation = match generation_path.exists() {
-        true => Some(read_file(&generation_path, MAX_CONFIG_JSON_BYTES, &mut |_, _| {})?),
+        true => Some(read_small(&generation_path, MAX_CONFIG_JSON_BYTES)?),
         false => None,
     };
     let parsed = hf_config::parse(&config, generation.as_deref(), options)?;
-    let json = read_file(&dir.join("tokenizer.json"), MAX_TOKENIZER_JSON_BYTES, &mut |_, _| {})?;
+    let json = read_small(&dir.join("tokenizer.json"), MAX_TOKENIZER_JSON_BYTES)?;
     let vocab_size = parsed.llama.vocab_size;
     let tokenizer =
         tokenizer_json::build(&json, "tokenizer.json", vocab_size, parsed.named.clone())?;
@@ -183,41 +204,38 @@ fn load_directory(
         let reason = "weights split over several files are not read yet; merge them into one";
         return Err(LoadError::unsupported("model.safetensors.index.json", reason));
     }
-    let bytes = read_weights(&weights_path, options, progress)?;
-    let file = TensorFile::Safetensors(SafetensorsFile::open(&bytes)?);
-    let weights = network::read(&file, &parsed, options, bytes.len() as u64, progress)?;
+    let file = safetensors::open(Source::open(&weights_path)?)?;
+    let weights = network::read(&file, &parsed, options, progress)?;
     let name = dir
         .canonicalize()
         .ok()
         .and_then(|dir| dir.file_name().map(|name| name.to_string_lossy().into_owned()));
-    Ok(finish(name, parsed.llama, (weights, tokenizer), options.kv_type, progress))
+    Ok(finish(name, parsed, weights, (tokenizer, options.kv_type), progress))
 }
 
-/// `owned_bytes` is what the file's bytes add to this process: nothing when they are part of it.
 fn load_gguf(
-    bytes: &[u8],
-    owned_bytes: u64,
+    source: Source<'_>,
     name: Option<String>,
     options: &LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<LoadedModel, LoadError> {
-    let file = GgufFile::open(bytes)?;
+    let file = GgufFile::open(source)?;
     let parsed = file.config(options)?;
     let tokenizer = gguf_tokenizer::read(file.metadata(), parsed.llama.vocab_size, &parsed.named)?;
     let inner_name = file.metadata().text("general.name")?.map(str::to_owned);
-    let file = TensorFile::Gguf(file);
-    let weights = network::read(&file, &parsed, options, owned_bytes, progress)?;
-    let name = name.or(inner_name);
-    Ok(finish(name, parsed.llama, (weights, tokenizer), options.kv_type, progress))
+    let weights = network::read(&file.into_tensors(), &parsed, options, progress)?;
+    let identity = (tokenizer, options.kv_type);
+    Ok(finish(name.or(inner_name), parsed, weights, identity, progress))
 }
 
 fn finish(
     name: Option<String>,
-    config: LlamaConfig,
-    (weights, tokenizer): (LlamaWeights, Tokenizer),
-    kv_type: KvType,
+    parsed: ParsedConfig,
+    (weights, converted): (LlamaWeights, Vec<Converted>),
+    (tokenizer, kv_type): (Tokenizer, KvType),
     progress: &mut dyn FnMut(LoadProgress),
 ) -> LoadedModel {
+    let config = parsed.llama;
     let digest =
         ModelDigest::compute(&config, &weights, &tokenizer, kv_type, &mut |done, total| {
             progress(LoadProgress {
@@ -229,57 +247,5 @@ fn finish(
     let name: String =
         name.unwrap_or_default().chars().filter(|c| !c.is_control()).take(MAX_NAME_CHARS).collect();
     let name = if name.is_empty() { UNNAMED.to_owned() } else { name };
-    LoadedModel { name, config, weights, tokenizer, kv_type, digest }
-}
-
-fn read_weights(
-    path: &Path,
-    options: &LoadOptions,
-    progress: &mut dyn FnMut(LoadProgress),
-) -> Result<Vec<u8>, LoadError> {
-    read_file(path, options.memory_budget_bytes, &mut |done_bytes, total_bytes| {
-        progress(LoadProgress { stage: LoadStage::Read, done_bytes, total_bytes });
-    })
-}
-
-/// Reads a regular file of at most `limit` bytes into memory. It is copied, never mapped: whoever
-/// replaces the file later must not change a running model.
-fn read_file(
-    path: &Path,
-    limit: u64,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<Vec<u8>, LoadError> {
-    let io = |source| LoadError::Io { path: path.to_owned(), source };
-    // Asked before opening: opening a pipe would wait for its writer.
-    let metadata = std::fs::metadata(path).map_err(io)?;
-    let what = || error::shown(&path.display().to_string());
-    if !metadata.is_file() {
-        return Err(LoadError::unsupported(what(), "it is not a regular file"));
-    }
-    let len = metadata.len();
-    if len > limit {
-        return Err(LoadError::TooLarge { what: what(), size: len, unit: "bytes", limit });
-    }
-    let mut bytes = Vec::new();
-    let capacity = usize::try_from(len).unwrap_or(usize::MAX);
-    bytes.try_reserve_exact(capacity).map_err(|_| LoadError::OverBudget {
-        what: what(),
-        needed_bytes: len,
-        budget_bytes: limit,
-    })?;
-    let mut file = File::open(path).map_err(io)?;
-    progress(0, len);
-    loop {
-        let left = len - bytes.len() as u64;
-        let chunk = left.min(READ_CHUNK_BYTES);
-        let read = file.by_ref().take(chunk).read_to_end(&mut bytes).map_err(io)?;
-        progress(bytes.len() as u64, len);
-        if read == 0 || bytes.len() as u64 == len {
-            break;
-        }
-    }
-    if bytes.len() as u64 != len {
-        return Err(LoadError::malformed(what(), "it became shorter while it was read"));
-    }
-    Ok(bytes)
+    LoadedModel { name, config, weights, converted, tokenizer, kv_type, digest }
 }

@@ -2,15 +2,18 @@
 //! network has, their names in both formats, their shapes, their format in memory. Knows the file
 //! only as names, shapes and numbers.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::gguf::{GgufFile, ROPE_DIVISORS};
-use super::quantize::{dequantize_q8_0, quantize_q8_0};
-use super::safetensors::SafetensorsFile;
-use super::{LoadOptions, LoadProgress, LoadStage, ParsedConfig, WeightFormat};
+use super::convert::{self, Conversion};
+use super::gguf::ROPE_DIVISORS;
+use super::source::Source;
+use super::stored::{HeldType, StoredTensor};
+use super::{Converted, LoadOptions, LoadProgress, LoadStage, ParsedConfig};
 use crate::config::LlamaConfig;
 use crate::error::{LoadError, tensor};
-use crate::weights::{LayerWeights, LlamaWeights, Matrix, MatrixData, Q8_0_BLOCK_LEN};
+use crate::weights::{
+    LayerWeights, LlamaWeights, Matrix, MatrixData, Q4_0_BLOCK_LEN, Q8_0_BLOCK_LEN,
+};
 
 /// Tensors of a network, apart from their layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,84 +102,61 @@ impl Role {
     }
 }
 
-/// A checked file of either format.
-pub(super) enum TensorFile<'a> {
-    Safetensors(SafetensorsFile<'a>),
-    Gguf(GgufFile<'a>),
+/// Whose names a file uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Dialect {
+    HuggingFace,
+    Gguf,
+}
+
+/// A file whose header was found sound.
+pub(super) struct TensorFile<'a> {
+    pub(super) source: Source<'a>,
+    pub(super) tensors: BTreeMap<String, StoredTensor>,
+    pub(super) dialect: Dialect,
 }
 
 impl TensorFile<'_> {
     fn name_of(&self, role: Role, layer: usize) -> String {
-        match self {
-            Self::Safetensors(_) => role.hf_name(layer),
-            Self::Gguf(_) => role.gguf_name(layer),
+        match self.dialect {
+            Dialect::HuggingFace => role.hf_name(layer),
+            Dialect::Gguf => role.gguf_name(layer),
         }
     }
 
-    fn shape(&self, name: &str) -> Option<&[usize]> {
-        match self {
-            Self::Safetensors(file) => file.shape(name),
-            Self::Gguf(file) => file.shape(name),
-        }
-    }
-
-    fn names(&self) -> Vec<&str> {
-        match self {
-            Self::Safetensors(file) => file.names().collect(),
-            Self::Gguf(file) => file.names().collect(),
-        }
-    }
-
-    fn stored_bytes(&self, name: &str) -> u64 {
-        match self {
-            Self::Safetensors(file) => file.stored_bytes(name),
-            Self::Gguf(file) => file.stored_bytes(name),
-        }
-    }
-
-    fn is_q8_0(&self, name: &str) -> bool {
-        match self {
-            Self::Safetensors(_) => false,
-            Self::Gguf(file) => file.is_q8_0(name),
-        }
+    fn get(&self, name: &str) -> Result<&StoredTensor, LoadError> {
+        self.tensors.get(name).ok_or_else(|| LoadError::missing(tensor(name)))
     }
 
     /// Tensors that hold no weights: what they say is known from the configuration, or read there.
     fn is_known_extra(&self, name: &str) -> bool {
-        match self {
-            Self::Safetensors(_) => name.ends_with(".rotary_emb.inv_freq"),
-            Self::Gguf(_) => name == ROPE_DIVISORS,
-        }
-    }
-
-    fn read(&self, name: &str) -> Result<MatrixData, LoadError> {
-        match self {
-            Self::Safetensors(file) => file.read(name).map(MatrixData::F32),
-            Self::Gguf(file) => file.read(name),
+        match self.dialect {
+            Dialect::HuggingFace => name.ends_with(".rotary_emb.inv_freq"),
+            Dialect::Gguf => name == ROPE_DIVISORS,
         }
     }
 }
 
-/// Reads all weights. Names, shapes and memory are checked for the whole file before the first
-/// tensor is converted. `file_bytes` is what the file itself occupies.
+/// Reads all weights, and says which matrices did not keep their format. Names, shapes, formats and
+/// memory are checked for the whole file before the first tensor is read.
 pub(super) fn read(
     file: &TensorFile<'_>,
     parsed: &ParsedConfig,
     options: &LoadOptions,
-    file_bytes: u64,
     progress: &mut dyn FnMut(LoadProgress),
-) -> Result<LlamaWeights, LoadError> {
+) -> Result<(LlamaWeights, Vec<Converted>), LoadError> {
     let config = &parsed.llama;
     let output_name = file.name_of(Role::Output, NO_LAYER);
-    let is_tied = parsed.is_tied.unwrap_or(file.shape(&output_name).is_none());
-    let repeats_embedding = is_tied && file.shape(&output_name).is_some();
-    let total = check_tensors(file, config, !is_tied || repeats_embedding)?;
-    check_memory(file, config, options, file_bytes)?;
-    let mut reader = Reader { file, config, options, progress, done: 0, total };
+    let has_output = file.tensors.contains_key(&output_name);
+    let is_tied = parsed.is_tied.unwrap_or(!has_output);
+    let total = check_tensors(file, config, options, !is_tied || has_output)?;
+    check_memory(file, config, options)?;
+    let converted = BTreeMap::new();
+    let mut reader = Reader { file, config, options, progress, converted, done: 0, total };
     let embedding = reader.matrix(Role::Embedding, NO_LAYER)?;
     let layers = (0..config.num_layers).map(|l| reader.layer(l)).collect::<Result<_, _>>()?;
     let output_norm = reader.norm(Role::OutputNorm, NO_LAYER)?;
-    let output = match (is_tied, repeats_embedding) {
+    let output = match (is_tied, has_output) {
         (false, _) => Some(reader.matrix(Role::Output, NO_LAYER)?),
         (true, false) => None,
         (true, true) if reader.matrix(Role::Output, NO_LAYER)? == embedding => None,
@@ -185,7 +165,9 @@ pub(super) fn read(
             return Err(LoadError::mismatch(tensor(&output_name), reason));
         }
     };
-    Ok(LlamaWeights { embedding, layers, output_norm, output })
+    let converted = reader.converted.into_iter();
+    let converted = converted.map(|((from, to), num)| Converted { from, to, num_matrices: num });
+    Ok((LlamaWeights { embedding, layers, output_norm, output }, converted.collect()))
 }
 
 /// All tensors of a network with their layers.
@@ -196,28 +178,38 @@ fn slots(config: &LlamaConfig, has_output: bool) -> impl Iterator<Item = (Role, 
     outside.map(|role| (role, NO_LAYER)).chain(inside)
 }
 
-/// Every tensor of the network is there in its shape, and there is no other. Returns their bytes.
+/// Every tensor of the network is there in its shape, with rows that fit its format in memory, and
+/// there is no other. Returns their bytes.
 fn check_tensors(
     file: &TensorFile<'_>,
     config: &LlamaConfig,
+    options: &LoadOptions,
     has_output: bool,
 ) -> Result<u64, LoadError> {
     let mut wanted = BTreeSet::new();
     let mut total = 0;
     for (role, layer) in slots(config, has_output) {
         let name = file.name_of(role, layer);
-        let Some(shape) = file.shape(&name) else {
-            return Err(LoadError::missing(tensor(&name)));
-        };
-        let expected = role.shape(config);
-        if shape != expected {
+        let stored = file.get(&name)?;
+        let (shape, expected) = (&stored.shape, role.shape(config));
+        if *shape != expected {
             let reason = format!("its shape is {shape:?}, the configuration asks for {expected:?}");
             return Err(LoadError::mismatch(tensor(&name), reason));
         }
-        total += file.stored_bytes(&name);
+        if let [_, in_len] = expected[..] {
+            let held = stored.stored_type.held(options.format);
+            let block_len = held.block_len();
+            if !in_len.is_multiple_of(block_len) {
+                let held = held.name();
+                let reason =
+                    format!("rows of {in_len} are no multiple of {block_len}, as {held} needs");
+                return Err(LoadError::unsupported(tensor(&name), reason));
+            }
+        }
+        total += stored.num_bytes();
         wanted.insert(name);
     }
-    for name in file.names() {
+    for name in file.tensors.keys() {
         if !wanted.contains(name) && !file.is_known_extra(name) {
             return Err(LoadError::unsupported(tensor(name), "no part of this Llama network"));
         }
@@ -225,33 +217,34 @@ fn check_tensors(
     Ok(total)
 }
 
-/// Estimates the peak: the file, all weights in memory, the copies of the largest tensor that its
-/// conversion makes, and the rotary tables, which a few bytes of configuration can make large.
+/// Estimates the peak: all weights in memory, the largest matrix once more (its rows are put into
+/// another order, and packing for the kernels has it twice for a moment), the buffers of a
+/// conversion, and the rotary tables, which a few bytes of configuration can make large. The file
+/// itself is never in memory.
 fn check_memory(
     file: &TensorFile<'_>,
     config: &LlamaConfig,
     options: &LoadOptions,
-    file_bytes: u64,
 ) -> Result<(), LoadError> {
-    let has_output = file.shape(&file.name_of(Role::Output, NO_LAYER)).is_some();
+    let has_output = file.tensors.contains_key(&file.name_of(Role::Output, NO_LAYER));
     let mut weights = 0u64;
     let mut largest = 0u64;
+    let mut buffers = 0u64;
     for (role, layer) in slots(config, has_output) {
-        let name = file.name_of(role, layer);
-        let shape = role.shape(config);
-        let elements = shape.iter().map(|dim| *dim as u64).product::<u64>();
-        let format = options.format.unwrap_or(match file.is_q8_0(&name) {
-            true => WeightFormat::Q8_0,
-            false => WeightFormat::F32,
-        });
-        weights += match format {
-            WeightFormat::Q8_0 if shape.len() == 2 => elements + elements / 16,
-            WeightFormat::Q8_0 | WeightFormat::F32 => elements * 4,
+        let stored = file.get(&file.name_of(role, layer))?;
+        let num_weights = stored.num_weights() as u64;
+        let held = match stored.shape.len() {
+            2 => stored.stored_type.held(options.format),
+            _ => HeldType::F32,
         };
-        largest = largest.max(2 * file.stored_bytes(&name) + elements * 4);
+        let bytes = held.num_bytes(num_weights);
+        weights = weights.saturating_add(bytes);
+        largest = largest.max(bytes);
+        buffers = buffers.max(convert::buffer_bytes(num_weights));
     }
     let rotary_tables = config.context_len as u64 * config.head_dim as u64 * 4;
-    let needed_bytes = file_bytes + weights + largest + rotary_tables;
+    let parts = [weights, largest, buffers, rotary_tables];
+    let needed_bytes = parts.into_iter().fold(0, u64::saturating_add);
     if needed_bytes > options.memory_budget_bytes {
         return Err(LoadError::OverBudget {
             what: "the model".to_owned(),
@@ -267,6 +260,8 @@ struct Reader<'a> {
     config: &'a LlamaConfig,
     options: &'a LoadOptions,
     progress: &'a mut dyn FnMut(LoadProgress),
+    /// Matrices by what they were and what they have become.
+    converted: BTreeMap<(&'static str, &'static str), usize>,
     done: u64,
     total: u64,
 }
@@ -288,66 +283,40 @@ impl Reader<'_> {
 
     fn norm(&mut self, role: Role, layer: usize) -> Result<Vec<f32>, LoadError> {
         let name = self.file.name_of(role, layer);
-        match self.stored(&name)? {
-            MatrixData::F32(weights) => Ok(weights),
-            MatrixData::Q8_0 { scales, quants } => Ok(dequantize_q8_0(&scales, &quants)),
-        }
+        let stored = self.file.get(&name)?;
+        let conversion = Conversion { source: &self.file.source, name: &name, tensor: stored };
+        let weights = conversion.finite_floats()?;
+        self.report(stored);
+        Ok(weights)
     }
 
     fn matrix(&mut self, role: Role, layer: usize) -> Result<Matrix, LoadError> {
         let name = self.file.name_of(role, layer);
+        let stored = self.file.get(&name)?;
+        let held = stored.stored_type.held(self.options.format);
+        let conversion = Conversion { source: &self.file.source, name: &name, tensor: stored };
+        let mut data = conversion.read(held)?;
         let shape = role.shape(self.config);
         let (out_len, in_len) = (shape[0], shape[1]);
-        let mut data = self.stored(&name)?;
-        let is_gguf = matches!(self.file, TensorFile::Gguf(_));
+        let is_gguf = self.file.dialect == Dialect::Gguf;
         if is_gguf && matches!(role, Role::Query | Role::Key) {
             data = rotate_half_order(&data, in_len, self.config.head_dim);
         }
-        let data = match (data, self.options.format) {
-            (MatrixData::F32(weights), Some(WeightFormat::Q8_0)) => {
-                quantized(&name, &weights, in_len)?
-            }
-            (MatrixData::Q8_0 { scales, quants }, Some(WeightFormat::F32)) => {
-                MatrixData::F32(dequantize_q8_0(&scales, &quants))
-            }
-            (data, Some(_) | None) => data,
-        };
+        let (from, to) = (stored.stored_type.name(), held.name());
+        if from != to {
+            *self.converted.entry((from, to)).or_default() += 1;
+        }
+        self.report(stored);
         Ok(Matrix { out_len, in_len, data })
     }
 
-    /// A tensor in the file's format, every number finite.
-    fn stored(&mut self, name: &str) -> Result<MatrixData, LoadError> {
-        let data = self.file.read(name)?;
-        check_numbers(name, &data)?;
-        self.done += self.file.stored_bytes(name);
+    fn report(&mut self, stored: &StoredTensor) {
+        self.done += stored.num_bytes();
         (self.progress)(LoadProgress {
             stage: LoadStage::Weights,
             done_bytes: self.done,
             total_bytes: self.total,
         });
-        Ok(data)
-    }
-}
-
-fn check_numbers(name: &str, data: &MatrixData) -> Result<(), LoadError> {
-    let is_finite = match data {
-        MatrixData::F32(weights) => weights.iter().all(|weight| weight.is_finite()),
-        MatrixData::Q8_0 { scales, .. } => scales.iter().all(|scale| scale.is_finite()),
-    };
-    if !is_finite {
-        return Err(LoadError::malformed(tensor(name), "a weight is infinite or not a number"));
-    }
-    Ok(())
-}
-
-fn quantized(name: &str, weights: &[f32], in_len: usize) -> Result<MatrixData, LoadError> {
-    if !in_len.is_multiple_of(Q8_0_BLOCK_LEN) {
-        let reason = format!("rows of {in_len} are no multiple of {Q8_0_BLOCK_LEN}, as Q8_0 needs");
-        return Err(LoadError::unsupported(tensor(name), reason));
-    }
-    match quantize_q8_0(weights) {
-        Some((scales, quants)) => Ok(MatrixData::Q8_0 { scales, quants }),
-        None => Err(LoadError::unsupported(tensor(name), "its weights are too large for Q8_0")),
     }
 }
 
@@ -356,9 +325,15 @@ fn quantized(name: &str, weights: &[f32], in_len: usize) -> Result<MatrixData, L
 fn rotate_half_order(data: &MatrixData, in_len: usize, head_dim: usize) -> MatrixData {
     match data {
         MatrixData::F32(weights) => MatrixData::F32(reorder_rows(weights, in_len, head_dim)),
+        MatrixData::F16(weights) => MatrixData::F16(reorder_rows(weights, in_len, head_dim)),
+        MatrixData::Bf16(weights) => MatrixData::Bf16(reorder_rows(weights, in_len, head_dim)),
         MatrixData::Q8_0 { scales, quants } => MatrixData::Q8_0 {
             scales: reorder_rows(scales, in_len / Q8_0_BLOCK_LEN, head_dim),
             quants: reorder_rows(quants, in_len, head_dim),
+        },
+        MatrixData::Q4_0 { scales, quants } => MatrixData::Q4_0 {
+            scales: reorder_rows(scales, in_len / Q4_0_BLOCK_LEN, head_dim),
+            quants: reorder_rows(quants, in_len / 2, head_dim),
         },
     }
 }

@@ -1,15 +1,16 @@
-//! Owns the reading of one safetensors file held in memory: our own check of its header first, then
-//! candle for the tensors. Knows no tensor's meaning.
+//! Owns the header of one safetensors file: where its tensors lie, checked against the file's
+//! length before anything is believed. Knows no tensor's meaning and reads none.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
-use candle_core::safetensors::SliceSafetensors;
-use candle_core::{DType, Device};
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use super::limits::{MAX_SAFETENSORS_HEADER_BYTES, MAX_TENSOR_DIMS, MAX_TENSORS};
+use super::network::{Dialect, TensorFile};
+use super::source::Source;
+use super::stored::{StoredTensor, StoredType};
 use crate::error::{LoadError, shown, tensor};
 
 /// How messages call the file.
@@ -19,66 +20,46 @@ const LEN_BYTES: usize = 8;
 /// The one entry of the header that is no tensor.
 const METADATA_KEY: &str = "__metadata__";
 
-/// A checked file.
-pub(super) struct SafetensorsFile<'a> {
-    tensors: BTreeMap<String, Vec<usize>>,
-    stored_bytes: BTreeMap<String, u64>,
-    inner: SliceSafetensors<'a>,
+/// Checks the header: inside the file, types that can be read, sizes equal to shape times type,
+/// tensors one behind the other from the beginning of the data to its end.
+pub(super) fn open(source: Source<'_>) -> Result<TensorFile<'_>, LoadError> {
+    let (header, data_start) = header(&source)?;
+    let data_len = source.num_bytes() - data_start;
+    let mut extents = Vec::new();
+    let mut tensors = BTreeMap::new();
+    for (name, entry) in header.0 {
+        let (stored_type, start, end) = check_entry(&name, &entry, data_len)?;
+        extents.push((start, end, name.clone()));
+        let stored = StoredTensor { stored_type, shape: entry.shape, start: data_start + start };
+        if tensors.insert(name.clone(), stored).is_some() {
+            return Err(LoadError::malformed(tensor(&name), "the header lists it twice"));
+        }
+    }
+    extents.sort();
+    let mut covered = 0;
+    let mut previous = "";
+    for (start, end, name) in &extents {
+        if *start < covered {
+            let reason = format!("it overlaps `{}`", shown(previous));
+            return Err(LoadError::malformed(tensor(name), reason));
+        }
+        if *start > covered {
+            let reason = format!("bytes {covered}..{start} of the data belong to no tensor");
+            return Err(LoadError::malformed(PLACE, reason));
+        }
+        (covered, previous) = (*end, name);
+    }
+    if covered != data_len {
+        let reason = format!("bytes {covered}..{data_len} of the data belong to no tensor");
+        return Err(LoadError::malformed(PLACE, reason));
+    }
+    Ok(TensorFile { source, tensors, dialect: Dialect::HuggingFace })
 }
 
-impl<'a> SafetensorsFile<'a> {
-    /// Checks a whole file: header inside the file, extents inside the data and without overlap,
-    /// sizes equal to shape times type, types that can be read.
-    pub(super) fn open(bytes: &'a [u8]) -> Result<Self, LoadError> {
-        let (header, data_len) = split(bytes)?;
-        let mut extents = Vec::new();
-        let mut tensors = BTreeMap::new();
-        let mut stored_bytes = BTreeMap::new();
-        for (name, entry) in header.0 {
-            let (start, end) = check_entry(&name, &entry, data_len)?;
-            extents.push((start, end, name.clone()));
-            stored_bytes.insert(name.clone(), end - start);
-            if tensors.insert(name.clone(), entry.shape).is_some() {
-                return Err(LoadError::malformed(tensor(&name), "the header lists it twice"));
-            }
-        }
-        extents.sort();
-        for pair in extents.windows(2) {
-            if pair[1].0 < pair[0].1 {
-                let reason = format!("it overlaps `{}`", shown(&pair[0].2));
-                return Err(LoadError::malformed(tensor(&pair[1].2), reason));
-            }
-        }
-        let inner = SliceSafetensors::new(bytes)
-            .map_err(|error| LoadError::malformed(PLACE, shown(&error.to_string())))?;
-        Ok(Self { tensors, stored_bytes, inner })
-    }
-
-    /// Names in order.
-    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.keys().map(String::as_str)
-    }
-
-    pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.tensors.get(name).map(Vec::as_slice)
-    }
-
-    pub(super) fn stored_bytes(&self, name: &str) -> u64 {
-        self.stored_bytes.get(name).copied().unwrap_or(0)
-    }
-
-    /// The numbers of one tensor as 32-bit floats, row-major.
-    pub(super) fn read(&self, name: &str) -> Result<Vec<f32>, LoadError> {
-        self.inner
-            .load(name, &Device::Cpu)
-            .and_then(|stored| stored.to_dtype(DType::F32)?.flatten_all()?.to_vec1())
-            .map_err(|error| LoadError::candle(name, &error))
-    }
-}
-
-/// The parsed header and the length of the data behind it.
-fn split(bytes: &[u8]) -> Result<(Header, u64), LoadError> {
-    let Some((len, rest)) = bytes.split_first_chunk::<LEN_BYTES>() else {
+/// The parsed header and where the data behind it begins.
+fn header(source: &Source<'_>) -> Result<(Header, u64), LoadError> {
+    let len = source.prefix(LEN_BYTES)?;
+    let Some(len) = len.first_chunk::<LEN_BYTES>() else {
         return Err(LoadError::malformed(PLACE, "it ends inside the header's length"));
     };
     let header_len = u64::from_le_bytes(*len);
@@ -90,27 +71,29 @@ fn split(bytes: &[u8]) -> Result<(Header, u64), LoadError> {
             limit: MAX_SAFETENSORS_HEADER_BYTES,
         });
     }
-    let header = usize::try_from(header_len).ok().and_then(|len| rest.split_at_checked(len));
-    let Some((header, data)) = header else {
+    // Fits: the limit is small.
+    let data_start = LEN_BYTES + header_len as usize;
+    let bytes = source.prefix(data_start)?;
+    let Some(header) = bytes.get(LEN_BYTES..data_start) else {
         let reason = format!("it ends inside its header of {header_len} bytes");
         return Err(LoadError::malformed(PLACE, reason));
     };
     let header = serde_json::from_slice(header).map_err(|error| {
         LoadError::malformed(format!("header of {PLACE}"), shown(&error.to_string()))
     })?;
-    Ok((header, data.len() as u64))
+    Ok((header, data_start as u64))
 }
 
-/// Where a tensor's bytes start and end in the data.
-fn check_entry(name: &str, entry: &Entry, data_len: u64) -> Result<(u64, u64), LoadError> {
+/// A tensor's type, and where its bytes start and end in the data.
+fn check_entry(
+    name: &str,
+    entry: &Entry,
+    data_len: u64,
+) -> Result<(StoredType, u64, u64), LoadError> {
     let bad = |reason: String| LoadError::malformed(tensor(name), reason);
-    let element_bytes = match entry.dtype.as_str() {
-        "F32" => 4,
-        "F16" | "BF16" => 2,
-        other => {
-            let reason = format!("type {}; F32, F16 and BF16 are", shown(other));
-            return Err(LoadError::unsupported(tensor(name), reason));
-        }
+    let Some(stored_type) = StoredType::from_safetensors(&entry.dtype) else {
+        let reason = format!("type {}; F32, F16 and BF16 are", shown(&entry.dtype));
+        return Err(LoadError::unsupported(tensor(name), reason));
     };
     if entry.shape.len() > MAX_TENSOR_DIMS {
         return Err(bad(format!("it has {} dimensions", entry.shape.len())));
@@ -119,6 +102,7 @@ fn check_entry(name: &str, entry: &Entry, data_len: u64) -> Result<(u64, u64), L
     if start > end || end > data_len {
         return Err(bad(format!("its bytes {start}..{end} lie outside the {data_len} of data")));
     }
+    let element_bytes = stored_type.block_bytes() as u64;
     let wanted =
         entry.shape.iter().try_fold(element_bytes, |size: u64, dim| size.checked_mul(*dim as u64));
     if wanted != Some(end - start) {
@@ -126,7 +110,7 @@ fn check_entry(name: &str, entry: &Entry, data_len: u64) -> Result<(u64, u64), L
             format!("shape {:?} of {} is not {} bytes", entry.shape, entry.dtype, end - start);
         return Err(bad(reason));
     }
-    Ok((start, end))
+    Ok((stored_type, start, end))
 }
 
 #[derive(Deserialize)]

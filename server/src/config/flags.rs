@@ -61,9 +61,12 @@ pub struct ModelFlags {
     /// Positions to use of the model's context
     #[arg(long, value_name = "POSITIONS", env = "SLIPSTREAM_CONTEXT_LIMIT")]
     pub context_limit: Option<usize>,
-    /// Weights in memory: as in the file, or 8-bit
+    /// All matrices of the verifier in memory: as in the file (none), 8-bit or 4-bit
     #[arg(long, value_enum, default_value_t, env = "SLIPSTREAM_QUANTIZE")]
     pub quantize: Quantize,
+    /// All matrices of the draft in memory: as in the file (none), 8-bit or 4-bit
+    #[arg(long, value_enum, default_value_t, env = "SLIPSTREAM_DRAFT_QUANTIZE")]
+    pub draft_quantize: Quantize,
     /// Memory that loading one model may take at its peak
     #[arg(
         long,
@@ -127,6 +130,7 @@ impl Default for ModelFlags {
             threads: None,
             context_limit: None,
             quantize: Quantize::default(),
+            draft_quantize: Quantize::default(),
             load_memory: ByteCount(DEFAULT_MEMORY_BUDGET_BYTES),
             kv_blocks: None,
             kv_memory: None,

@@ -37,6 +37,8 @@ pub enum Quantize {
     /// 8-bit integers with one scale per 32 weights.
     #[value(name = "q8_0")]
     Q8_0,
+    /// 4-bit integers with one scale per 32 weights.
+    Q4,
 }
 
 /// Type of keys and values in memory.
@@ -92,8 +94,10 @@ pub struct ModelConfig {
     pub threads: usize,
     /// Positions to use of the context, at least 1; `None` for all.
     pub context_limit: Option<usize>,
-    /// Weight format in memory.
+    /// Weight format of the verifier in memory.
     pub quantize: Quantize,
+    /// Weight format of the draft in memory.
+    pub draft_quantize: Quantize,
     /// Memory that loading one model may take at its peak.
     pub load_memory_bytes: u64,
     /// Size of the verifier's KV pool; the draft's has as many blocks.
@@ -285,6 +289,7 @@ fn models(flags: &ModelFlags) -> Result<ModelConfig, ConfigError> {
         threads: check_count("threads", threads)?,
         context_limit: limit.transpose()?,
         quantize: flags.quantize,
+        draft_quantize: flags.draft_quantize,
         load_memory_bytes: check_bytes("load-memory", flags.load_memory)?,
         kv,
         kv_type: flags.kv_type,

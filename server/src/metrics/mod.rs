@@ -9,7 +9,7 @@ mod exposition;
 pub(crate) mod http;
 pub mod metric;
 pub mod names;
-mod process;
+pub(crate) mod process;
 mod reading;
 pub mod reference;
 pub(crate) mod tally;
