@@ -93,7 +93,9 @@ pub(super) struct Plan {
 impl Plan {
     /// Cuts rows into tiles.
     pub(super) fn make(&mut self, places: &[RowPlace], num_kv_heads: usize, group_len: usize) {
-        (self.tiles.clear(), self.runs.clear(), self.pieces.clear());
+        self.tiles.clear();
+        self.runs.clear();
+        self.pieces.clear();
         (self.queries_max, self.cost, self.tile_cost_max) = (0, 0, 0);
         let mut first_row = 0;
         let follows =
