@@ -3,6 +3,8 @@
 
 use slipstream_model::choice::{ChoiceContext, ChoiceFault, Chooser, log_probability};
 use slipstream_model::ids::TokenId;
+use slipstream_model::kernels::Isa;
+use slipstream_model::kernels::scan::SCAN_LEN;
 use slipstream_model::sampling::SamplingParams;
 use slipstream_tests::naive_choice::{self, NaiveRow};
 use slipstream_tests::random::Rng;
@@ -23,7 +25,8 @@ fn choose(
     prompt_len: usize,
 ) -> Result<u32, ChoiceFault> {
     let history = ids(history);
-    let context = ChoiceContext { params, history: &history, prompt_len, sharpening: 1.0 };
+    let context =
+        ChoiceContext { params, history: &history, ahead: &[], prompt_len, sharpening: 1.0 };
     Chooser::new().choose(logits, &context).map(|token| token.0)
 }
 
@@ -190,51 +193,113 @@ fn extreme_temperatures_are_defined() {
     assert_eq!(reachable(&logits, &hot), [0, 1, 2]);
 }
 
-/// One random row: flat, peaked, full of ties or with masked tokens.
+/// One random row: flat, peaked, sorted, full of ties, of tokens that nothing is left of or of
+/// numbers at the ends of their range; now and then with one that is none.
 fn random_row(rng: &mut Rng, vocab_size: usize) -> Vec<f32> {
-    let spread = *rng.pick(&[0.01, 1.0, 5.0, 40.0]);
-    let step = *rng.pick(&[0.0, 0.5]);
-    let holes = *rng.pick(&[0, 0, 3]);
+    let spread = *rng.pick(&[0.0, 0.01, 1.0, 5.0, 5.0, 40.0, 1e4, 1e30, 1e-38, 1e-42]);
+    let step = *rng.pick(&[0.0, 0.0, 0.5]);
+    let holes = *rng.pick(&[0, 0, 0, 3, 1]);
+    let odd = *rng.pick(&[0, 0, 0, 0, 40]);
     let mut row = Vec::new();
     for _ in 0..vocab_size {
         let mut logit = (rng.unit() + rng.unit() - 1.0) * spread;
         if step > 0.0 {
             logit = (logit / step).round() * step;
         }
-        row.push(if rng.one_in(holes) { -INF } else { logit as f32 });
+        row.push(match () {
+            () if rng.one_in(holes) => -INF,
+            () if rng.one_in(odd) => *rng.pick(&[0.0, -0.0, f32::MAX, f32::MIN, 1e-45, -1e-40]),
+            () => logit as f32,
+        });
     }
-    if rng.one_in(200) {
-        let at = rng.below(vocab_size);
-        row[at] = *rng.pick(&[f32::NAN, INF]);
+    match rng.below(8) {
+        0 => row.sort_by(f32::total_cmp),
+        1 => row.sort_by(|a, b| b.total_cmp(a)),
+        _ => {}
+    }
+    if holes == 1 {
+        // Few tokens in a desert.
+        for _ in 0..rng.below(4) {
+            let at = rng.below(vocab_size);
+            row[at] = spread as f32;
+        }
+    }
+    if rng.one_in(50) {
+        let at = *rng.pick(&[0, vocab_size - 1, rng.clone().below(vocab_size)]);
+        row[at] = *rng.pick(&[f32::NAN, -f32::NAN, INF]);
     }
     row
 }
 
+/// Parameters at and around everything that is special.
+fn random_knobs(rng: &mut Rng, vocab_size: usize) -> SamplingParams {
+    let mut params = random_params(rng, vocab_size);
+    let usual = params.temperature;
+    params.temperature =
+        *rng.pick(&[usual, usual, usual, 1.0, 0.01, 1e-6, 1e-7, 1e-300, 1e-320, 30.0, 1e6, 1e300]);
+    let around = vocab_size as u32;
+    params.top_k = *rng.pick(&[params.top_k, 0, 40, 1_000, around - 1, around, around + 1]);
+    params.top_p = *rng.pick(&[params.top_p, 0.99, 0.25, 1.0 - 1e-16, 1e-9, 1e-300]);
+    params.min_p = *rng.pick(&[params.min_p, 0.0, 0.0, 1.0, 0.5, 1e-5, 1e-30, 1e-300, 1e-310]);
+    if rng.one_in(3) {
+        for _ in 0..rng.below(40) {
+            let token = TokenId(rng.below(vocab_size + 2) as u32);
+            let bias =
+                *rng.pick(&[0.0, 0.5, -3.0, 7.0, 100.0, -1e9, 1e9, f64::NEG_INFINITY, 1e308]);
+            if params.logit_bias.iter().all(|(other, _)| *other != token) {
+                params.logit_bias.push((token, bias));
+            }
+        }
+    }
+    if rng.one_in(4) {
+        let num_ends = rng.below(vocab_size.min(50)) + 1;
+        params.end_ids = random_tokens(rng, vocab_size, num_ends);
+    }
+    params
+}
+
 /// Compares the product, with one chooser for all rows, with the naive twin.
-fn compare(num_rows: usize, vocab_size_max: usize) {
-    let mut chooser = Chooser::new();
-    for seed in 0..num_rows as u64 {
+fn compare(seeds: std::ops::Range<u64>, vocab_size_max: usize) {
+    let mut choosers: Vec<(Isa, Chooser)> =
+        Isa::available().into_iter().map(|isa| (isa, Chooser::with_isa(isa))).collect();
+    for seed in seeds {
         let mut rng = Rng::new(seed);
-        let vocab_size = rng.between(1, vocab_size_max);
+        let mut vocab_size = rng.between(1, vocab_size_max);
+        if rng.one_in(3) {
+            // Around the edges of a block.
+            let edge = vocab_size.next_multiple_of(SCAN_LEN);
+            vocab_size = rng.between(edge - 1, edge + 1);
+        }
         let logits = random_row(&mut rng, vocab_size);
-        let history_len = rng.between(1, 20);
-        let history = random_tokens(&mut rng, vocab_size, history_len);
+        let history_len = *rng.pick(&[1, 5, 20, 20, 300]);
+        let history_len = rng.between(1, history_len);
+        // A draft's row may be shorter than the verifier's vocabulary.
+        let history = random_tokens(&mut rng, vocab_size + 1, history_len);
         let prompt_len = rng.between(1, history.len());
-        let mut params = random_params(&mut rng, vocab_size);
-        params.top_k = *rng.pick(&[params.top_k, 40, 1_000]);
-        params.top_p = *rng.pick(&[params.top_p, 0.99]);
+        let params = random_knobs(&mut rng, vocab_size);
+        let sharpening = *rng.pick(&[1.0, 1.0, 0.5, 1.7, 4.0]);
         let row = NaiveRow { logits: &logits, params: &params, history: &history, prompt_len };
-        let context =
-            ChoiceContext { params: &params, history: &history, prompt_len, sharpening: 1.0 };
-        let found = chooser.choose(&logits, &context);
-        assert_eq!(found, naive_choice::choose(&row), "row of seed {seed}: {params:?}");
+        let wanted = naive_choice::choose_sharpened(&row, sharpening);
+        let (history, ahead) = history.split_at(rng.between(prompt_len, history.len()));
+        let context = ChoiceContext { params: &params, history, ahead, prompt_len, sharpening };
+        for (isa, chooser) in &mut choosers {
+            let found = chooser.choose(&logits, &context);
+            let name = isa.name();
+            assert_eq!(found, wanted, "{name}, seed {seed}, {vocab_size} tokens: {context:?}");
+            let token = wanted.unwrap_or(TokenId(0));
+            let found = chooser.log_probability(&logits, token);
+            let wanted = log_probability(&logits, token);
+            let same = found.to_bits() == wanted.to_bits() || (found.is_nan() && wanted.is_nan());
+            assert!(same, "{name}, seed {seed}: log-probability {found:e}, not {wanted:e}");
+        }
     }
 }
 
 #[test]
 fn random_rows_agree_with_the_naive_twin() {
-    timed("choice, small rows", 5.0, || compare(60_000, 60));
-    timed("choice, large rows", 5.0, || compare(600, 6_000));
+    timed("choice, small rows", 5.0, || compare(0..60_000, 60));
+    timed("choice, rows of some blocks", 5.0, || compare(100_000..110_000, 700));
+    timed("choice, large rows", 10.0, || compare(200_000..200_300, 33_000));
 }
 
 #[test]

@@ -402,6 +402,7 @@ fn the_far_tail_is_hit_as_often_as_it_should() {
                 let context = ChoiceContext {
                     params: &params,
                     history: &history,
+                    ahead: &[],
                     prompt_len: 1,
                     sharpening: 1.0,
                 };

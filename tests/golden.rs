@@ -14,6 +14,7 @@ use slipstream_model::config::RopeScaling;
 use slipstream_model::forward::{Forward, Logits};
 use slipstream_model::ids::{BLOCK_LEN, BlockId, TokenId};
 use slipstream_model::kernels::Isa;
+use slipstream_model::kv_pool::KvType;
 use slipstream_model::load::{
     LoadOptions, LoadStage, LoadedModel, ModelSource, WeightFormat, dequantize_q8_0, load, widen,
 };
@@ -33,6 +34,9 @@ const F32_TOLERANCE: f64 = 1e-4;
 /// to 1/254 of the largest in its block; the random checkpoints, whose attention is peaked, amplify
 /// that far more than trained ones do (3.6e-2 and 1.2e-2 were measured).
 const Q8_0_TOLERANCE: f64 = 6e-2;
+
+/// The same on 32-bit weights with keys and values in half precision, 2^-11 of each at most.
+const HALF_KV_TOLERANCE: f64 = 1e-2;
 
 /// Tokens of the long sequences. Attention splits at 256 positions, so that they need three parts.
 const LONG_LEN: usize = 600;
@@ -151,7 +155,7 @@ fn check_rounded(label: &str, model: &LoadedModel, golden: &Golden, rounding: f6
 fn transformer_logits(model: &LoadedModel, isa: Isa, tokens: &[TokenId]) -> Vec<f32> {
     let num_blocks = tokens.len().div_ceil(BLOCK_LEN);
     let packed = PackedLlama::pack(model.config.clone(), model.weights.clone()).unwrap();
-    let options = TransformerOptions { num_blocks, threads: 1, isa };
+    let options = TransformerOptions { num_blocks, threads: 1, isa, kv_type: model.kv_type };
     let mut network = Transformer::new(Arc::new(packed), options).unwrap();
     let block_table: Vec<BlockId> = (0..num_blocks as u32).map(BlockId).collect();
     let mut batch = RaggedBatch::new();
@@ -185,6 +189,21 @@ fn checkpoints_of_transformers_give_its_logits() {
         let dir = directory(name, config);
         let model = load_path(dir.path(), None);
         check(&format!("{name}/{config}"), &model, &golden(name, "golden.safetensors"));
+    }
+}
+
+#[test]
+fn keys_and_values_in_half_precision_give_nearly_the_logits() {
+    for name in ["llama-gqa", "llama-tied"] {
+        let options = LoadOptions { kv_type: KvType::F16, ..LoadOptions::default() };
+        let dir = directory(name, "config.json");
+        let model = load(ModelSource::Path(dir.path().to_owned()), &options, &mut |_| {}).unwrap();
+        let golden = golden(name, "golden.safetensors");
+        for isa in Isa::available() {
+            let found = golden.distance(&transformer_logits(&model, isa, &golden.tokens));
+            assert!(found < HALF_KV_TOLERANCE, "{name}: {} is off by {found:.2e}", isa.name());
+            assert!(found > 1e-6, "{name}: {} rounds nothing", isa.name());
+        }
     }
 }
 
@@ -236,6 +255,10 @@ fn digests_follow_what_output_depends_on() {
     let base = load_path(&path, None);
     assert_eq!(base.digest, load_path(&path, None).digest, "loading twice");
     assert_ne!(base.digest, load_path(&path, Some(WeightFormat::Q8_0)).digest, "format");
+    let half = LoadOptions { kv_type: KvType::F16, ..LoadOptions::default() };
+    let half = load(ModelSource::Path(path.clone()), &half, &mut |_| {}).unwrap();
+    assert_eq!((base.kv_type, half.kv_type), (KvType::F32, KvType::F16));
+    assert_ne!(base.digest, half.digest, "type of keys and values");
     let limited = LoadOptions { context_limit: Some(100), ..LoadOptions::default() };
     let limited = load(ModelSource::Path(path), &limited, &mut |_| {}).unwrap();
     assert_eq!(limited.config.context_len, 100);

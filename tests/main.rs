@@ -1,9 +1,10 @@
-//! The one test binary of the workspace: a list of its modules. Each module opens with what it
-//! proves; everything they share lives in `harness/`.
+//! The test binary of the workspace, but for what `allocations.rs` counts: a list of its modules.
+//! Each opens with what it proves; everything they share lives in `harness/`.
 #![allow(clippy::unwrap_used, reason = "a test that unwraps fails with the place and the value")]
 #![allow(clippy::disallowed_methods, reason = "expected values never reach output")]
 
 mod aborts;
+mod attention;
 mod bad_requests;
 mod blocks;
 mod chat;
@@ -29,11 +30,13 @@ mod malformed_messages;
 mod metrics;
 mod model_files;
 mod noise;
+mod products;
 mod program;
 mod raw_grpc;
 mod raw_http2;
 mod recorded_output;
 mod row_invariance;
+mod row_scans;
 mod settings;
 mod simulation;
 mod slow_readers;

@@ -11,6 +11,7 @@ use slipstream_draft::model_proposer::{ModelProposer, ModelProposerOptions};
 use slipstream_model::clock::MonotonicClock;
 use slipstream_model::ids::{DraftEpoch, TokenId};
 use slipstream_model::kernels::{Isa, NUMERICS_VERSION};
+use slipstream_model::kv_pool::KvType;
 use slipstream_model::load::{LoadOptions, LoadedModel, ModelSource, load};
 use slipstream_model::packed::PackedLlama;
 use slipstream_model::sampling::SamplingParams;
@@ -44,7 +45,7 @@ fn loaded(bytes: &'static [u8]) -> LoadedModel {
 }
 
 fn transformer(packed: &Arc<PackedLlama>, isa: Isa, threads: usize) -> Transformer {
-    let options = TransformerOptions { num_blocks: 256, threads, isa };
+    let options = TransformerOptions { num_blocks: 256, threads, isa, kv_type: KvType::F32 };
     let mut transformer = Transformer::new(Arc::clone(packed), options).unwrap();
     transformer.share_products_from(0); // the smallest ones too, where there is a team
     transformer

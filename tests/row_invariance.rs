@@ -11,6 +11,7 @@ use slipstream_model::config::{LlamaConfig, RopeScaling};
 use slipstream_model::forward::{Forward, ForwardError, Logits};
 use slipstream_model::ids::{BLOCK_LEN, BlockId, TokenId};
 use slipstream_model::kernels::Isa;
+use slipstream_model::kv_pool::KvType;
 use slipstream_model::packed::{ModelError, PackedLlama};
 use slipstream_model::transformer::{Transformer, TransformerOptions};
 use slipstream_model::weights::{LayerWeights, LlamaWeights, Matrix, MatrixData, Q8_0_BLOCK_LEN};
@@ -21,6 +22,9 @@ const SEED: u64 = 20_261_122;
 const VOCAB: usize = 67;
 /// In [`Kind::F32`] and [`Kind::Q8`] networks, the embedding of this token is NaN.
 const NAN_TOKEN: TokenId = TokenId(VOCAB as u32 - 1);
+
+/// See [`loud_model`].
+const LOUD_TOKEN: TokenId = TokenId(0);
 
 /// What the network is made of.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -110,10 +114,15 @@ fn model(kind: Kind) -> Arc<PackedLlama> {
 }
 
 fn transformer(model: &Arc<PackedLlama>, isa: Isa, threads: usize, blocks: usize) -> Transformer {
-    let options = TransformerOptions { num_blocks: blocks, threads, isa };
+    let kv_type = KvType::F32;
+    network(model, TransformerOptions { num_blocks: blocks, threads, isa, kv_type })
+}
+
+fn network(model: &Arc<PackedLlama>, options: TransformerOptions) -> Transformer {
     let mut transformer = Transformer::new(Arc::clone(model), options).unwrap();
     // The test's products are small: without this no team would ever share one.
     transformer.share_products_from(0);
+    transformer.share_attention_from(0, 2000);
     transformer
 }
 
@@ -135,8 +144,13 @@ fn blocks(ids: std::ops::Range<usize>) -> Vec<BlockId> {
 
 /// Bits of the logits of every position, one token at a time.
 fn oracle(model: &Arc<PackedLlama>, tokens: &[TokenId]) -> Vec<Vec<u32>> {
+    oracle_with(model, KvType::F32, tokens)
+}
+
+fn oracle_with(model: &Arc<PackedLlama>, kv_type: KvType, tokens: &[TokenId]) -> Vec<Vec<u32>> {
     let num_blocks = tokens.len().div_ceil(BLOCK_LEN);
-    let mut network = transformer(model, Isa::Plain, 1, num_blocks);
+    let mut network =
+        network(model, TransformerOptions { num_blocks, threads: 1, isa: Isa::Plain, kv_type });
     let (mut batch, mut logits) = (RaggedBatch::new(), Logits::new());
     let table = blocks(0..num_blocks);
     let mut rows = Vec::new();
@@ -208,18 +222,21 @@ fn drive(network: &mut Transformer, streams: &mut [Stream], rng: &mut Rng, label
     }
 }
 
-fn check_company(kind: Kind, lens: &[usize]) {
+fn check_company(kind: Kind, kv_type: KvType, lens: &[usize]) {
     let model = model(kind);
     let rng = Rng::new(SEED + 1);
     let mut token_rng = rng.fork(1);
     let sequences: Vec<_> = lens.iter().map(|&len| tokens(&mut token_rng, len)).collect();
-    let wanted: Vec<_> = sequences.iter().map(|tokens| oracle(&model, tokens)).collect();
+    let wanted: Vec<_> =
+        sequences.iter().map(|tokens| oracle_with(&model, kv_type, tokens)).collect();
     let num_blocks = lens.iter().map(|len| len.div_ceil(BLOCK_LEN)).sum::<usize>() + 3;
     for isa in Isa::available() {
         for threads in 1..=3 {
             let mut rng = rng.fork(threads as u64);
-            let label = format!("{kind:?} {} {threads} threads, seed {SEED}", isa.name());
-            let mut network = transformer(&model, isa, threads, num_blocks);
+            let name = isa.name();
+            let label = format!("{kind:?} {kv_type:?} {name} {threads} threads, seed {SEED}");
+            let options = TransformerOptions { num_blocks, threads, isa, kv_type };
+            let mut network = network(&model, options);
             spoil(&mut network, &mut rng, kind);
             let mut free = blocks(0..num_blocks);
             let mut streams = Vec::new();
@@ -237,9 +254,10 @@ fn check_company(kind: Kind, lens: &[usize]) {
 #[test]
 fn company_chunks_blocks_threads_and_isa_change_no_bit() {
     timed("row invariance, f32 and Q8_0", 8.0, || {
-        check_company(Kind::F32, &[3, 17, 64, 300]);
-        check_company(Kind::Q8, &[1, 16, 130, 530]);
-        check_company(Kind::TiedQ8, &[40, 41, 257]);
+        check_company(Kind::F32, KvType::F32, &[3, 17, 64, 300]);
+        check_company(Kind::Q8, KvType::F32, &[1, 16, 130, 530]);
+        check_company(Kind::TiedQ8, KvType::F32, &[40, 41, 257]);
+        check_company(Kind::Q8, KvType::F16, &[2, 33, 270]);
     });
 }
 
@@ -293,6 +311,54 @@ fn nan_stays_in_its_row_and_what_follows_it() {
                 } else {
                     assert!(logits.row(position).iter().all(|x| x.is_nan()), "NaN is lost");
                 }
+            }
+        }
+    }
+}
+
+/// A network whose first layer has values beyond half precision for [`LOUD_TOKEN`] alone.
+fn loud_model() -> Arc<PackedLlama> {
+    let mut weights = weights(Kind::F32, &config());
+    let hidden_len = config().hidden_len;
+    let (MatrixData::F32(embedding), MatrixData::F32(values)) =
+        (&mut weights.embedding.data, &mut weights.layers[0].value.data)
+    else {
+        panic!("the network is in f32");
+    };
+    for (token, row) in embedding.chunks_exact_mut(hidden_len).enumerate() {
+        row[0] = if token == LOUD_TOKEN.index() { 1.0 } else { 0.0 };
+    }
+    values.chunks_exact_mut(hidden_len).for_each(|row| row[0] = 1e6);
+    weights.layers[0].attention_norm[0] = 1.0;
+    Arc::new(PackedLlama::pack(config(), weights).unwrap())
+}
+
+#[test]
+fn values_beyond_half_precision_are_a_fault_of_their_sequence_alone() {
+    let model = loud_model();
+    let mut rng = Rng::new(SEED + 5);
+    let mut quiet = tokens(&mut rng, 20);
+    quiet.iter_mut().for_each(|token| token.0 = token.0.max(LOUD_TOKEN.0 + 1));
+    let mut loud = quiet.clone();
+    loud[7] = LOUD_TOKEN;
+    let wanted = oracle_with(&model, KvType::F16, &quiet);
+    for isa in Isa::available() {
+        for kv_type in [KvType::F32, KvType::F16] {
+            let options = TransformerOptions { num_blocks: 4, threads: 2, isa, kv_type };
+            let mut network = network(&model, options);
+            let (mut batch, mut logits) = (RaggedBatch::new(), Logits::new());
+            batch.push(segment(&loud, 0, &blocks(0..2)));
+            batch.push(segment(&quiet, 0, &blocks(2..4)));
+            network.forward(&batch, &mut logits).unwrap();
+            for position in 0..20 {
+                let (loud, quiet) = (logits.row(position), logits.row(20 + position));
+                if kv_type == KvType::F32 {
+                    assert!(loud.iter().chain(quiet).all(|x| x.is_finite()), "f32 holds them");
+                    continue;
+                }
+                assert!(bits(quiet) == wanted[position], "a neighbour suffers");
+                let is_nan = loud.iter().all(|x| x.is_nan());
+                assert_eq!(is_nan, position >= 7, "{} at {position}", isa.name());
             }
         }
     }
@@ -382,7 +448,9 @@ fn weights_that_do_not_fit_are_refused_by_name() {
     assert!(error.contains("`layers.0.down` is Q8_0 with rows of 100 numbers"), "{error}");
     let heads = LlamaConfig { head_dim: 12, ..config() };
     assert!(refused(heads, base()).to_string().starts_with("head_dim is 12"));
-    let options = TransformerOptions { num_blocks: usize::MAX / 8, threads: 1, isa: Isa::Plain };
+    let kv_type = KvType::F32;
+    let options =
+        TransformerOptions { num_blocks: usize::MAX / 8, threads: 1, isa: Isa::Plain, kv_type };
     let error = Transformer::new(model(Kind::F32), options).map(drop).unwrap_err();
     assert!(matches!(error, ModelError::OutOfMemory { .. }), "{error}");
 }

@@ -54,7 +54,7 @@ fn refused(variables: &[(&str, &str)], args: &[&str]) -> String {
 }
 
 /// One setting of each type: key, default, then what file, environment and command line say.
-const LAYERED: [(&str, &str, [&str; 3]); 9] = [
+const LAYERED: [(&str, &str, [&str; 3]); 10] = [
     ("max_running", "64", ["2", "3", "4"]),
     ("load_memory", "64GiB", ["2GiB", "3GiB", "1000"]),
     ("grace", "30s", ["2s", "3m", "400ms"]),
@@ -64,6 +64,7 @@ const LAYERED: [(&str, &str, [&str; 3]); 9] = [
     ("listen", "127.0.0.1:50051", ["a:1", "b:1", "c:1"]),
     ("quantize", "none", ["q8_0", "none", "q4"]),
     ("draft_quantize", "none", ["q4", "none", "q8_0"]),
+    ("kv_type", "f32", ["f16", "f32", "f16"]),
 ];
 
 fn shown(value: &Value) -> String {

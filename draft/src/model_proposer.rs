@@ -3,12 +3,14 @@
 //! and parameters, which is what makes agreement likely. Knows nothing of acceptance: a rejected
 //! token shows as a shorter common prefix when the sequence comes back.
 
+use std::ops::Range;
+
 use slipstream_model::batch::{RaggedBatch, SegmentInput};
 use slipstream_model::choice::{ChoiceContext, Chooser};
 use slipstream_model::clock::Micros;
 use slipstream_model::forward::{Forward, Logits};
 use slipstream_model::ids::{DraftEpoch, SequenceId, TokenId};
-use slipstream_model::proposal::Proposal;
+use slipstream_model::proposal::{Proposal, Proposals};
 
 use crate::fault::DraftFault;
 use crate::kv_cache::KvCache;
@@ -41,23 +43,40 @@ impl Default for ModelProposerOptions {
 }
 
 /// One sequence while proposals are made.
-struct Run<'a> {
-    work: ProposeWork<'a>,
-    /// Known tokens, then proposed ones.
-    tokens: Vec<TokenId>,
-    /// Most tokens `tokens` may reach.
-    len_max: usize,
-    /// First of `tokens` whose KV is not computed.
+#[derive(Clone, Debug)]
+struct Run {
+    /// Its place in the work.
+    index: usize,
+    /// Where its proposed tokens lie in [`ModelProposer::proposed`].
+    proposed: Range<usize>,
+    /// Most tokens to propose.
+    proposed_len_max: usize,
+    /// First of its tokens, known ones, then proposed ones, whose KV is not computed.
     computed_len: usize,
     /// Rows it has in the batch being built.
     num_rows: usize,
     done: bool,
 }
 
-impl Run<'_> {
+impl Run {
     /// Tokens to compute before the next one can be chosen.
-    fn pending_len(&self) -> usize {
-        self.tokens.len() - self.computed_len
+    fn pending_len(&self, work: &ProposeWork<'_>) -> usize {
+        work.history.len() + self.proposed.len() - self.computed_len
+    }
+
+    /// The tokens of its rows, through `scratch`.
+    fn rows<'a>(
+        &self,
+        work: &ProposeWork<'_>,
+        proposed: &[TokenId],
+        scratch: &'a mut Vec<TokenId>,
+    ) -> &'a [TokenId] {
+        let known = work.history[self.computed_len.min(work.history.len())..].iter();
+        let skipped = self.computed_len.saturating_sub(work.history.len());
+        let proposed = proposed[self.proposed.clone()].iter().skip(skipped);
+        scratch.clear();
+        scratch.extend(known.chain(proposed).take(self.num_rows));
+        scratch
     }
 }
 
@@ -72,6 +91,12 @@ pub struct ModelProposer {
     batch: RaggedBatch,
     logits: Logits,
     chooser: Chooser,
+    /// Scratch: the sequences of this step.
+    runs: Vec<Run>,
+    /// Scratch: room for the proposed tokens of all runs.
+    proposed: Vec<TokenId>,
+    /// Scratch: the rows of one segment.
+    row_tokens: Vec<TokenId>,
 }
 
 impl ModelProposer {
@@ -82,16 +107,19 @@ impl ModelProposer {
         epoch: DraftEpoch,
         options: ModelProposerOptions,
     ) -> Self {
-        let cache = KvCache::new(forward.limits().num_blocks);
+        let limits = forward.limits();
         Self {
             forward,
             epoch,
             options,
-            cache,
+            cache: KvCache::new(limits.num_blocks, limits.context_len),
             catch_up_rows: CATCH_UP_ROWS_FIRST,
-            batch: RaggedBatch::new(),
+            batch: RaggedBatch::with_block_capacity(limits.num_blocks),
             logits: Logits::new(),
             chooser: Chooser::new(),
+            runs: Vec::new(),
+            proposed: Vec::new(),
+            row_tokens: Vec::new(),
         }
     }
 
@@ -102,11 +130,12 @@ impl ModelProposer {
     }
 
     /// Syncs every sequence with the cache and drops those the draft has no room for.
-    fn begin<'a>(&mut self, work: &[ProposeWork<'a>]) -> Vec<Run<'a>> {
+    fn begin(&mut self, work: &[ProposeWork<'_>]) {
         let limits = self.forward.limits();
         self.cache.begin();
-        let mut runs = Vec::with_capacity(work.len());
-        for item in work {
+        self.runs.clear();
+        self.proposed.clear();
+        for (index, item) in work.iter().enumerate() {
             if item.history.is_empty() {
                 continue;
             }
@@ -120,27 +149,30 @@ impl ModelProposer {
             let len_max = (item.history.len() + item.draft_len).min(limits.context_len + 1);
             let fits = len_max > item.history.len();
             if fits && self.cache.reserve(item.sequence, len_max - 1) {
-                runs.push(Run {
-                    work: *item,
-                    tokens: item.history.to_vec(),
-                    len_max,
+                let start = self.proposed.len();
+                let proposed_len_max = len_max - item.history.len();
+                self.proposed.resize(start + proposed_len_max, TokenId::default());
+                self.runs.push(Run {
+                    index,
+                    proposed: start..start,
+                    proposed_len_max,
                     computed_len,
                     num_rows: 0,
                     done: false,
                 });
             }
         }
-        runs
     }
 
     /// Rows of one forward pass: the few tokens behind which every sequence of the last step is,
     /// and up to `rows_max` known tokens of the others in order. Returns how many of those it took.
-    fn fill_batch(&mut self, runs: &mut [Run<'_>], rows_max: usize) -> usize {
+    fn fill_batch(&mut self, work: &[ProposeWork<'_>], rows_max: usize) -> usize {
         self.batch.clear();
         let mut num_caught_up = 0;
-        for run in runs.iter_mut().filter(|run| !run.done) {
-            let pending_len = run.pending_len();
-            if pending_len <= run.work.draft_len + 1 {
+        for run in self.runs.iter_mut().filter(|run| !run.done) {
+            let item = &work[run.index];
+            let pending_len = run.pending_len(item);
+            if pending_len <= item.draft_len + 1 {
                 run.num_rows = pending_len;
             } else {
                 run.num_rows = pending_len.min(rows_max - num_caught_up);
@@ -149,14 +181,13 @@ impl ModelProposer {
             if run.num_rows == 0 {
                 continue;
             }
-            let rows = &run.tokens[run.computed_len..run.computed_len + run.num_rows];
             let reaches_end = run.num_rows == pending_len;
             self.batch.push(SegmentInput {
-                tokens: rows,
+                tokens: run.rows(item, &self.proposed, &mut self.row_tokens),
                 start: run.computed_len,
-                block_table: self.cache.block_table(run.work.sequence),
+                block_table: self.cache.block_table(item.sequence),
                 logits_from: if reaches_end { run.num_rows - 1 } else { run.num_rows },
-                owner: run.work.sequence.0,
+                owner: item.sequence.0,
             });
         }
         num_caught_up
@@ -172,28 +203,32 @@ impl ModelProposer {
     }
 
     /// Records the computed rows and chooses the next token of every sequence that has logits.
-    fn extend(&mut self, runs: &mut [Run<'_>]) -> Result<(), DraftFault> {
+    fn extend(&mut self, work: &[ProposeWork<'_>]) -> Result<(), DraftFault> {
         let mut logits_row = 0;
-        for run in runs.iter_mut().filter(|run| !run.done && run.num_rows > 0) {
-            let rows = &run.tokens[run.computed_len..run.computed_len + run.num_rows];
-            self.cache.advance(run.work.sequence, rows);
+        for run in self.runs.iter_mut().filter(|run| !run.done && run.num_rows > 0) {
+            let item = &work[run.index];
+            let rows = run.rows(item, &self.proposed, &mut self.row_tokens);
+            self.cache.advance(item.sequence, rows);
             run.computed_len += run.num_rows;
-            if run.pending_len() > 0 {
+            if run.pending_len(item) > 0 {
                 continue; // still catching up
             }
             let context = ChoiceContext {
-                params: run.work.params,
-                history: &run.tokens,
-                prompt_len: run.work.prompt_len,
+                params: item.params,
+                history: item.history,
+                ahead: &self.proposed[run.proposed.clone()],
+                prompt_len: item.prompt_len,
                 sharpening: self.options.sharpening,
             };
             let row = self.logits.row(logits_row);
             let row = &row[..row.len().min(self.options.target_vocab_size)];
             let token = self.chooser.choose(row, &context)?;
             logits_row += 1;
-            run.tokens.push(token);
+            self.proposed[run.proposed.end] = token;
+            run.proposed.end += 1;
             // Nothing follows an end token.
-            run.done = run.tokens.len() == run.len_max || run.work.params.end_ids.contains(&token);
+            let is_full = run.proposed.len() == run.proposed_len_max;
+            run.done = is_full || item.params.end_ids.contains(&token);
         }
         Ok(())
     }
@@ -208,15 +243,15 @@ impl Proposer for ModelProposer {
         &mut self,
         work: &[ProposeWork<'_>],
         budget: TimeBudget<'_>,
-        proposals: &mut Vec<Proposal>,
+        proposals: &mut Proposals,
     ) -> Result<(), DraftFault> {
-        let mut runs = self.begin(work);
+        self.begin(work);
         let start = budget.clock.now();
         let mut catch_up_left = self.options.catch_up_rows_max;
         while !budget.is_spent() {
             let begin = budget.clock.now();
             let rows_max = catch_up_left.min(self.catch_up_rows);
-            let num_caught_up = self.fill_batch(&mut runs, rows_max);
+            let num_caught_up = self.fill_batch(work, rows_max);
             catch_up_left -= num_caught_up;
             if self.batch.is_empty() {
                 break; // all done, or what is left has to wait for the next step
@@ -225,17 +260,14 @@ impl Proposer for ModelProposer {
             if num_caught_up > 0 {
                 self.adapt(budget.clock.now().since(begin), budget.deadline.since(start));
             }
-            self.extend(&mut runs)?;
+            self.extend(work)?;
         }
-        for run in runs {
-            let proposed = &run.tokens[run.work.history.len()..];
-            if !proposed.is_empty() {
-                proposals.push(Proposal {
-                    sequence: run.work.sequence,
-                    epoch: self.epoch,
-                    tokens: proposed.to_vec(),
-                });
-            }
+        for run in self.runs.iter().filter(|run| !run.proposed.is_empty()) {
+            proposals.push(Proposal {
+                sequence: work[run.index].sequence,
+                epoch: self.epoch,
+                tokens: &self.proposed[run.proposed.clone()],
+            });
         }
         Ok(())
     }

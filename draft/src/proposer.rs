@@ -2,7 +2,7 @@
 
 use slipstream_model::clock::{Clock, Micros};
 use slipstream_model::ids::{DraftEpoch, SequenceId, TokenId};
-use slipstream_model::proposal::Proposal;
+use slipstream_model::proposal::Proposals;
 use slipstream_model::sampling::SamplingParams;
 
 use crate::fault::DraftFault;
@@ -54,7 +54,7 @@ pub trait Proposer: Send {
         &mut self,
         work: &[ProposeWork<'_>],
         budget: TimeBudget<'_>,
-        proposals: &mut Vec<Proposal>,
+        proposals: &mut Proposals,
     ) -> Result<(), DraftFault>;
 
     /// The sequence has ended: its KV may go. Unknown ids are fine.

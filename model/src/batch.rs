@@ -61,6 +61,13 @@ impl RaggedBatch {
         Self::default()
     }
 
+    /// An empty batch with room for this many block ids, so that contexts that grow from step to
+    /// step do not make it grow. The blocks of a pool are enough when nobody shares any.
+    #[must_use]
+    pub fn with_block_capacity(num_blocks: usize) -> Self {
+        Self { block_ids: Vec::with_capacity(num_blocks), ..Self::default() }
+    }
+
     /// Empties the batch for the next step.
     pub fn clear(&mut self) {
         self.tokens.clear();

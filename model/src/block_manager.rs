@@ -28,6 +28,13 @@ impl BlockTable {
         Self::default()
     }
 
+    /// Makes room for the blocks of `len` positions, so that the table does not have to grow when
+    /// it takes them.
+    pub fn reserve(&mut self, len: usize) {
+        let wanted = BlockManager::blocks_for(len);
+        self.blocks.reserve(wanted.saturating_sub(self.blocks.len()));
+    }
+
     /// The blocks in position order.
     #[must_use]
     pub fn blocks(&self) -> &[BlockId] {

@@ -3,13 +3,23 @@
 //! top-k, top-p, min-p, noise, argmax; ties go to the lowest id. Knows no batches and no requests.
 //!
 //! All arithmetic is `f64` in a fixed order, so equal logits give equal tokens on every machine.
+//! That defines the token; what can be shown not to win is not looked at.
+
+mod adjust;
+mod row;
+mod truncate;
 
 use std::cmp::Ordering;
 
 use crate::ids::TokenId;
+use crate::kernels::Isa;
+use crate::kernels::scan;
 use crate::math;
 use crate::noise::NoiseRow;
 use crate::sampling::SamplingParams;
+use adjust::Adjusted;
+use row::{Best, Row};
+use truncate::Truncation;
 
 /// A row of logits that no token can be chosen from. It ends the sequence it belongs to, never its
 /// neighbours.
@@ -28,14 +38,28 @@ pub enum ChoiceFault {
 pub struct ChoiceContext<'a> {
     /// How to choose.
     pub params: &'a SamplingParams,
-    /// All tokens before the one to be chosen: prompt, then output. Its length is the absolute
-    /// position of the choice.
+    /// Tokens before the one to be chosen: prompt, then output.
     pub history: &'a [TokenId],
+    /// Tokens behind `history` that count as output too: those of a proposal, accepted so far. The
+    /// length of both is the absolute position of the choice.
+    pub ahead: &'a [TokenId],
     /// Tokens of `history` that are prompt.
     pub prompt_len: usize,
     /// Multiplies log-probabilities before noise is added. The verifier's is always 1; a draft may
-    /// sharpen its own (`beta` in the design) without changing any output.
+    /// sharpen its own (`beta` in the design) without changing any output. Above 0, finite.
     pub sharpening: f64,
+}
+
+impl ChoiceContext<'_> {
+    /// Absolute position of the token to be chosen.
+    fn position(&self) -> usize {
+        self.history.len() + self.ahead.len()
+    }
+
+    /// Output tokens before it.
+    fn output_len(&self) -> usize {
+        self.position() - self.prompt_len
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -45,210 +69,123 @@ struct Candidate {
 }
 
 /// Chooses tokens. Holds only scratch memory: two choosers never differ in what they choose.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Chooser {
-    /// Logits after penalties, bias and masks, `[vocab]`.
-    processed: Vec<f64>,
-    /// Tokens still in the running.
-    candidates: Vec<Candidate>,
-    /// Scratch for counting earlier tokens, `[vocab]`, all zero between calls.
-    output_counts: Vec<u32>,
+    isa: Isa,
+    /// The tokens that penalties, bias and masks touch.
+    adjusted: Adjusted,
+    /// The row without them, when there are any, `[vocab]`.
+    others: Vec<f32>,
+    /// Largest logits of its blocks, `[vocab / SCAN_LEN]`.
+    maxima: Vec<f32>,
+    truncation: Truncation,
+}
+
+impl Default for Chooser {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Chooser {
     /// A chooser with empty scratch memory.
     #[must_use]
     pub fn new() -> Self {
-        Self::default()
+        Self::with_isa(Isa::detect())
+    }
+
+    /// A chooser that scans rows with the given implementation. They all choose alike.
+    #[must_use]
+    pub fn with_isa(isa: Isa) -> Self {
+        Self {
+            isa,
+            adjusted: Adjusted::default(),
+            others: Vec::new(),
+            maxima: Vec::new(),
+            truncation: Truncation::default(),
+        }
     }
 
     /// The token for a row of logits, `[vocab]`.
     ///
     /// # Errors
     /// [`ChoiceFault`] when the row is not a number or nothing is allowed.
+    ///
+    /// # Panics
+    /// When the sharpening is not above 0 and finite.
     pub fn choose(
         &mut self,
         logits: &[f32],
         context: &ChoiceContext<'_>,
     ) -> Result<TokenId, ChoiceFault> {
-        self.process(logits, context)?;
-        let params = context.params;
+        let ChoiceContext { params, sharpening, .. } = *context;
+        assert!(sharpening > 0.0 && sharpening.is_finite(), "sharpening keeps the order of scores");
+        self.adjusted.adjust(logits, context);
+        let row = scanned(self.isa, logits, &self.adjusted, &mut self.others, &mut self.maxima)?;
         if params.temperature == 0.0 {
-            return self.greedy();
+            return row.greedy();
         }
-        self.collect_candidates(params.temperature)?;
-        self.keep_top_k(params.top_k as usize);
-        self.keep_top_p(params.top_p);
-        self.keep_min_p(params.min_p);
-        let row = NoiseRow::new(params.seed, params.sample_index, context.history.len());
-        Ok(self.noisy_argmax(row, context.sharpening))
+        let max = row.max_score(params.temperature)?;
+        let noise = NoiseRow::new(params.seed, params.sample_index, context.position());
+        let token = match self.truncation.survivors(&row, params, max) {
+            Some(survivors) => noisy_argmax(survivors, &noise, sharpening),
+            None => row.noisy_argmax(params.temperature, &noise, sharpening),
+        };
+        Ok(token.expect("a row with a largest score keeps at least one token"))
     }
 
-    /// Penalties, bias and masks into `self.processed`.
-    fn process(&mut self, logits: &[f32], context: &ChoiceContext<'_>) -> Result<(), ChoiceFault> {
-        self.processed.clear();
-        self.processed.extend(logits.iter().map(|&logit| f64::from(logit)));
-        if self.processed.iter().any(|logit| logit.is_nan() || *logit == f64::INFINITY) {
-            return Err(ChoiceFault::NotFinite);
+    /// As [`log_probability`], the same bits, faster.
+    #[must_use]
+    pub fn log_probability(&mut self, logits: &[f32], token: TokenId) -> f64 {
+        self.maxima.resize(scan::num_blocks(logits.len()), 0.0);
+        if !scan::block_maxima(self.isa, logits, &mut self.maxima) {
+            return log_probability(logits, token);
         }
-        let params = context.params;
-        if params.has_penalties() {
-            self.penalise(context);
-        }
-        for &(token, bias) in &params.logit_bias {
-            if let Some(logit) = self.processed.get_mut(token.index()) {
-                *logit += bias;
-            }
-        }
-        if context.history.len() - context.prompt_len < params.min_tokens {
-            for token in &params.end_ids {
-                if let Some(logit) = self.processed.get_mut(token.index()) {
-                    *logit = f64::NEG_INFINITY;
-                }
-            }
-        }
-        Ok(())
+        let max = f64::from(self.maxima.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        let total = scan::exp_sum(self.isa, logits, max);
+        // Zeros of the maxima have lost their sign; adding 0 takes it from the difference too.
+        (f64::from(logits[token.index()]) - max + 0.0) - math::ln(total)
     }
+}
 
-    /// Repetition penalty over prompt and output, then frequency and presence over the output.
-    fn penalise(&mut self, context: &ChoiceContext<'_>) {
-        let (prompt, output) = context.history.split_at(context.prompt_len);
-        let max_id = context.history.iter().map(|token| token.index()).max().unwrap_or(0);
-        self.output_counts.resize(self.processed.len().max(max_id + 1), 0);
-        for token in output {
-            self.output_counts[token.index()] += 1;
+/// Splits a row into the tokens that were adjusted and the others, and scans those.
+fn scanned<'a>(
+    isa: Isa,
+    logits: &'a [f32],
+    adjusted: &'a Adjusted,
+    others: &'a mut Vec<f32>,
+    maxima: &'a mut Vec<f32>,
+) -> Result<Row<'a>, ChoiceFault> {
+    let adjusted = adjusted.tokens();
+    let own = |candidate: &Candidate| logits[candidate.token.index()];
+    let mut is_sound = adjusted.iter().all(|candidate| own(candidate) < f32::INFINITY);
+    let logits = if adjusted.is_empty() {
+        logits
+    } else {
+        others.clear();
+        others.extend_from_slice(logits);
+        for candidate in adjusted {
+            others[candidate.token.index()] = f32::NEG_INFINITY;
         }
-        // Each token is penalised once however often it occurs: a visited prompt token is marked by
-        // a count that no output reaches, and both marks are cleared below.
-        const PROMPT_ONLY: u32 = u32::MAX;
-        for token in prompt {
-            let count = &mut self.output_counts[token.index()];
-            if *count == 0 {
-                *count = PROMPT_ONLY;
-            }
-        }
-        let params = context.params;
-        for token in context.history {
-            let count = std::mem::take(&mut self.output_counts[token.index()]);
-            if count == 0 {
-                continue; // already penalised
-            }
-            // A draft's row may be shorter than the verifier's vocabulary.
-            let Some(logit) = self.processed.get_mut(token.index()) else { continue };
-            if *logit > 0.0 {
-                *logit /= params.repetition_penalty;
-            } else {
-                *logit *= params.repetition_penalty;
-            }
-            if count != PROMPT_ONLY {
-                *logit -= params.frequency_penalty * f64::from(count);
-                *logit -= params.presence_penalty;
-            }
-        }
+        others
+    };
+    maxima.resize(scan::num_blocks(logits.len()), 0.0);
+    is_sound &= scan::block_maxima(isa, logits, maxima);
+    if !is_sound {
+        return Err(ChoiceFault::NotFinite);
     }
+    Ok(Row { isa, logits, maxima, adjusted })
+}
 
-    /// The largest processed logit; the first of equals.
-    fn greedy(&self) -> Result<TokenId, ChoiceFault> {
-        let mut best: Option<(usize, f64)> = None;
-        for (index, &logit) in self.processed.iter().enumerate() {
-            if logit > best.map_or(f64::NEG_INFINITY, |(_, score)| score) {
-                best = Some((index, logit));
-            }
-        }
-        best.map(|(index, _)| token_at(index)).ok_or(ChoiceFault::AllMasked)
+/// `argmax_v(sharpening * score_v + G_v)`; ties to the lowest id. Starts from the likeliest token,
+/// so that most others are dismissed by a bound on their noise without a logarithm.
+fn noisy_argmax(tokens: &[Candidate], noise: &NoiseRow, sharpening: f64) -> Option<TokenId> {
+    let mut best = Best::default();
+    let first = tokens.iter().copied().min_by(likelier_first);
+    for candidate in first.into_iter().chain(tokens.iter().copied()) {
+        best.consider_noisy(candidate, noise, sharpening);
     }
-
-    /// All unmasked tokens in id order, divided by the temperature.
-    fn collect_candidates(&mut self, temperature: f64) -> Result<(), ChoiceFault> {
-        self.candidates.clear();
-        for (index, &logit) in self.processed.iter().enumerate() {
-            let score = logit / temperature;
-            if score.is_nan() || score == f64::INFINITY {
-                return Err(ChoiceFault::NotFinite);
-            }
-            if score > f64::NEG_INFINITY {
-                self.candidates.push(Candidate { token: token_at(index), score });
-            }
-        }
-        if self.candidates.is_empty() { Err(ChoiceFault::AllMasked) } else { Ok(()) }
-    }
-
-    fn keep_top_k(&mut self, top_k: usize) {
-        if top_k == 0 || top_k >= self.candidates.len() {
-            return;
-        }
-        self.candidates.select_nth_unstable_by(top_k - 1, likelier_first);
-        self.candidates.truncate(top_k);
-        // Back to id order: sums below run in it.
-        self.candidates.sort_unstable_by_key(|candidate| candidate.token);
-    }
-
-    /// Nucleus sampling (Holtzman et al., arXiv 1904.09751): the likeliest tokens are taken until
-    /// their share of the total reaches `top_p`. Sorts only as much of the list as that needs.
-    fn keep_top_p(&mut self, top_p: f64) {
-        if top_p >= 1.0 {
-            return;
-        }
-        let max = self.max_score();
-        let total: f64 = self.candidates.iter().map(|c| math::exp(c.score - max)).sum();
-        let goal = top_p * total;
-        let mut sorted_len = 0;
-        let mut reached = 0.0;
-        while sorted_len < self.candidates.len() {
-            let rest = &mut self.candidates[sorted_len..];
-            let chunk_len = (sorted_len.max(32)).min(rest.len());
-            if chunk_len < rest.len() {
-                rest.select_nth_unstable_by(chunk_len - 1, likelier_first);
-            }
-            rest[..chunk_len].sort_unstable_by(likelier_first);
-            for (offset, candidate) in rest[..chunk_len].iter().enumerate() {
-                reached += math::exp(candidate.score - max);
-                if reached >= goal {
-                    self.candidates.truncate(sorted_len + offset + 1);
-                    return;
-                }
-            }
-            sorted_len += chunk_len;
-        }
-    }
-
-    fn keep_min_p(&mut self, min_p: f64) {
-        if min_p <= 0.0 {
-            return;
-        }
-        let threshold = self.max_score() + math::ln(min_p);
-        self.candidates.retain(|candidate| candidate.score >= threshold);
-    }
-
-    fn max_score(&self) -> f64 {
-        self.candidates.iter().fold(f64::NEG_INFINITY, |max, c| max.max(c.score))
-    }
-
-    /// `argmax_v(sharpening * score_v + G_v)`; ties to the lowest id. Starts from the likeliest
-    /// token, so that most others are dismissed by a bound on their noise without a logarithm.
-    fn noisy_argmax(&self, row: NoiseRow, sharpening: f64) -> TokenId {
-        let first = self
-            .candidates
-            .iter()
-            .copied()
-            .min_by(likelier_first)
-            .expect("truncation keeps at least one candidate");
-        let mut best = first.token;
-        let mut best_score = sharpening * first.score + row.gumbel(first.token);
-        for candidate in &self.candidates {
-            let bits = row.bits(candidate.token);
-            let base = sharpening * candidate.score;
-            if base + bits.gumbel_bound() < best_score {
-                continue;
-            }
-            let score = base + bits.gumbel();
-            if score > best_score || (score == best_score && candidate.token < best) {
-                best = candidate.token;
-                best_score = score;
-            }
-        }
-        best
-    }
+    best.token()
 }
 
 /// Natural logarithm of the probability that the raw logits (before penalties, temperature and

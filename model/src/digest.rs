@@ -7,14 +7,13 @@ use std::fmt;
 use half::{bf16, f16};
 
 use crate::config::{LlamaConfig, RopeScaling};
+use crate::kv_pool::KvType;
 use crate::rope;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{LlamaWeights, Matrix, MatrixData};
 
 /// Separates this use of blake3 from every other; raised when the definition changes.
 const DIGEST_CONTEXT: &str = "slipstream model digest v1";
-/// Type of keys and values in the KV pool.
-const KV_TYPE: &str = "f32";
 /// Bytes converted at a time while hashing numbers.
 const HASH_CHUNK_BYTES: usize = 1 << 16;
 /// Hexadecimal digits of the short form.
@@ -27,19 +26,21 @@ const SHORT_LEN: usize = 16;
 pub struct ModelDigest([u8; 32]);
 
 impl ModelDigest {
-    /// Hashes a model. `progress` is told bytes done and bytes in all.
+    /// Hashes a model that runs with this type of keys and values. `progress` is told bytes done and
+    /// bytes in all.
     #[must_use]
     pub fn compute(
         config: &LlamaConfig,
         weights: &LlamaWeights,
         tokenizer: &Tokenizer,
+        kv_type: KvType,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Self {
         let mut hasher = Record::new();
         hash_config(&mut hasher, config);
         hasher.bytes(&tokenizer.fingerprint());
         hasher.bytes(&tokenizer.content_hash());
-        hasher.bytes(KV_TYPE.as_bytes());
+        hasher.bytes(kv_type.name().as_bytes());
         let mut tensors = tensors(weights);
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
         let total = tensors.iter().map(|t| t.content.num_bytes()).sum();

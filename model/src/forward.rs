@@ -63,10 +63,10 @@ impl Logits {
         Self::default()
     }
 
-    /// Makes room for `rows` rows of `vocab_size` columns, all zero, and returns them.
+    /// Makes room for `rows` rows of `vocab_size` columns and returns them, to be overwritten: what
+    /// is there before is arbitrary.
     pub fn reset(&mut self, rows: usize, vocab_size: usize) -> &mut [f32] {
         self.vocab_size = vocab_size;
-        self.data.clear();
         self.data.resize(rows * vocab_size, 0.0);
         &mut self.data
     }

@@ -5,11 +5,13 @@
 //! behind it) and `choice.rs` (how a row of logits becomes a token). `unsafe` exists only in
 //! `kernels/`.
 
+pub mod aligned;
 pub mod attention;
 pub mod batch;
 pub mod block_manager;
 pub mod choice;
 pub mod clock;
+pub mod compute;
 pub mod config;
 pub mod digest;
 pub mod error;
@@ -29,4 +31,5 @@ pub mod sampling;
 pub mod token_bytes;
 pub mod tokenizer;
 pub mod transformer;
+pub mod tuning;
 pub mod weights;

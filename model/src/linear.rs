@@ -1,35 +1,85 @@
 //! Owns matrices as the network uses them: packed for the kernels, multiplied with the rows of a
-//! step by a team. Knows weights by name only to report what is wrong with them; knows no layers.
+//! step. Knows weights by name only to report what is wrong with them; knows no layers.
 
+use std::collections::TryReserveError;
 use std::ops::Range;
 
-use crate::kernels::packed::{PackedF32, PackedQ8, STRIP_LEN, StripOutput};
-use crate::kernels::team::Team;
-use crate::kernels::{self, Isa, QUANT_BLOCK_LEN, QuantRows};
-use crate::load::{unpack_q4_0, widen};
+use crate::compute::{Compute, InputRows};
+use crate::kernels::packed::{
+    Bf16Lanes, F16Lanes, F32Lanes, PackedFloats, PackedQuants, Q4Tile, Q8Tile, STRIP_LEN,
+};
+use crate::kernels::products::{
+    Epilogue, FloatWeights, QuantBlock, QuantWeights, product_floats, product_quants,
+};
+use crate::kernels::tile::{Grid, Tile};
+use crate::kernels::{Isa, QUANT_BLOCK_LEN};
 use crate::packed::ModelError;
 use crate::weights::{Matrix, MatrixData};
 
-/// Multiply-adds below which a product runs on the caller alone: some 30 microseconds of work. A
-/// worker that has parked takes about as long to wake, and steps of small models are that short.
-const TEAM_MACS_MIN: usize = 1 << 21;
-
 /// Strips per tile of a product, at most; fewer when that would leave a thread without work.
-const TILE_STRIPS_MAX: usize = 16;
+const TILE_STRIPS_MAX: usize = 8;
 
 /// Tiles per thread that make the last ones to finish finish together.
 const TILES_PER_THREAD: usize = 4;
 
+/// Input that a tile reads for each of its strips, at most: with the strip it stays in a core's L2
+/// cache, so that a prompt of any length reads weights once per panel of rows.
+const PANEL_BYTES: usize = 256 << 10;
+
 /// A packed matrix that maps rows of `in_len` numbers to rows of `out_len`.
 #[derive(Debug)]
 pub struct Linear {
-    packed: Packed,
+    out_len: usize,
+    in_len: usize,
+    packed: Box<dyn Packed>,
 }
 
-#[derive(Debug)]
-enum Packed {
-    F32(PackedF32),
-    Q8_0(PackedQ8),
+/// A matrix of some format, packed.
+trait Packed: std::fmt::Debug + Send + Sync {
+    fn num_bytes(&self) -> usize;
+    fn read_row(&self, row: usize, out: &mut [f32]);
+    /// Whether its products read quantised input.
+    fn is_quantised(&self) -> bool;
+    /// Multiplies some strips with some rows of the input.
+    fn product(&self, isa: Isa, part: Part<'_>, epilogue: Epilogue, out: &mut Tile<'_>);
+}
+
+impl<L: FloatWeights + std::fmt::Debug> Packed for PackedFloats<L> {
+    fn num_bytes(&self) -> usize {
+        self.num_bytes()
+    }
+
+    fn read_row(&self, row: usize, out: &mut [f32]) {
+        self.read_row(row, out);
+    }
+
+    fn is_quantised(&self) -> bool {
+        false
+    }
+
+    fn product(&self, isa: Isa, part: Part<'_>, epilogue: Epilogue, out: &mut Tile<'_>) {
+        let Part { input, strips, rows } = part;
+        product_floats(isa, self.strips(strips), input.values(rows), epilogue, out);
+    }
+}
+
+impl<T: QuantWeights + std::fmt::Debug> Packed for PackedQuants<T> {
+    fn num_bytes(&self) -> usize {
+        self.num_bytes()
+    }
+
+    fn read_row(&self, row: usize, out: &mut [f32]) {
+        self.read_row(row, out);
+    }
+
+    fn is_quantised(&self) -> bool {
+        true
+    }
+
+    fn product(&self, isa: Isa, part: Part<'_>, epilogue: Epilogue, out: &mut Tile<'_>) {
+        let Part { input, strips, rows } = part;
+        product_quants(isa, self.strips(strips), input.quants(rows), epilogue, out);
+    }
 }
 
 impl Linear {
@@ -37,8 +87,8 @@ impl Linear {
     /// `[out, in]` that the network needs.
     ///
     /// # Errors
-    /// When the matrix has another shape, its data another length, Q8_0 rows are no multiple of
-    /// 32 long, or memory runs out.
+    /// When the matrix has another shape, its data another length, rows of a quantised one are no
+    /// multiple of 32 long, or memory runs out.
     pub fn pack(name: &str, matrix: Matrix, shape: [usize; 2]) -> Result<Self, ModelError> {
         let Matrix { out_len, in_len, data } = matrix;
         let wrong = |found: String| ModelError::Shape { tensor: name.to_owned(), found, shape };
@@ -46,64 +96,43 @@ impl Linear {
             return Err(wrong(format!("[{out_len}, {in_len}]")));
         }
         let num_weights = out_len.saturating_mul(in_len);
-        let no_memory = |_| ModelError::OutOfMemory { what: name.to_owned(), bytes: num_weights };
-        let packed = match data {
-            MatrixData::F32(data) => {
-                if data.len() != num_weights {
-                    return Err(wrong(format!("{} numbers", data.len())));
-                }
-                Packed::F32(PackedF32::pack(out_len, in_len, &data).map_err(no_memory)?)
-            }
-            MatrixData::F16(_) | MatrixData::Bf16(_) => {
-                let data = MatrixData::F32(widen(&data));
-                return Self::pack(name, Matrix { out_len, in_len, data }, shape);
-            }
-            MatrixData::Q4_0 { scales, quants } => {
-                if quants.len().checked_mul(2) != Some(num_weights) {
-                    return Err(wrong(format!("{} bytes of quants", quants.len())));
-                }
-                let data = MatrixData::Q8_0 { scales, quants: unpack_q4_0(&quants) };
-                return Self::pack(name, Matrix { out_len, in_len, data }, shape);
-            }
-            MatrixData::Q8_0 { scales, quants } => {
-                if !in_len.is_multiple_of(QUANT_BLOCK_LEN) {
-                    return Err(ModelError::PartialBlock { tensor: name.to_owned(), in_len });
-                }
-                if quants.len() != num_weights || scales.len() != num_weights / QUANT_BLOCK_LEN {
-                    return Err(wrong(format!("{} quants, {} scales", quants.len(), scales.len())));
-                }
-                let packed = PackedQ8::pack(out_len, in_len, &quants, &scales);
-                Packed::Q8_0(packed.map_err(no_memory)?)
-            }
+        let (num_stored, num_scales) = match &data {
+            MatrixData::F32(data) => (data.len(), 0),
+            MatrixData::F16(data) => (data.len(), 0),
+            MatrixData::Bf16(data) => (data.len(), 0),
+            MatrixData::Q8_0 { scales, quants } => (quants.len(), scales.len()),
+            MatrixData::Q4_0 { scales, quants } => (quants.len() * 2, scales.len()),
         };
-        Ok(Self { packed })
+        if num_stored != num_weights {
+            return Err(wrong(format!("{num_stored} numbers")));
+        }
+        if data.is_quantised() && !in_len.is_multiple_of(QUANT_BLOCK_LEN) {
+            return Err(ModelError::PartialBlock { tensor: name.to_owned(), in_len });
+        }
+        if data.is_quantised() && num_scales != num_weights / QUANT_BLOCK_LEN {
+            return Err(wrong(format!("{num_scales} scales")));
+        }
+        let packed = pack([out_len, in_len], &data);
+        let no_memory = |_| ModelError::OutOfMemory { what: name.to_owned(), bytes: num_weights };
+        Ok(Self { out_len, in_len, packed: packed.map_err(no_memory)? })
     }
 
     /// Length of an output row.
     #[must_use]
     pub fn out_len(&self) -> usize {
-        match &self.packed {
-            Packed::F32(matrix) => matrix.out_len(),
-            Packed::Q8_0(matrix) => matrix.out_len(),
-        }
+        self.out_len
     }
 
     /// Length of an input row.
     #[must_use]
     pub fn in_len(&self) -> usize {
-        match &self.packed {
-            Packed::F32(matrix) => matrix.in_len(),
-            Packed::Q8_0(matrix) => matrix.in_len(),
-        }
+        self.in_len
     }
 
     /// Memory held, in bytes.
     #[must_use]
     pub fn num_bytes(&self) -> usize {
-        match &self.packed {
-            Packed::F32(matrix) => matrix.num_bytes(),
-            Packed::Q8_0(matrix) => matrix.num_bytes(),
-        }
+        self.packed.num_bytes()
     }
 
     /// Writes one row of the matrix, `[in]`, as floats: the lookup of an embedding.
@@ -111,159 +140,130 @@ impl Linear {
     /// # Panics
     /// When there is no such row or `out` has another length.
     pub fn read_row(&self, row: usize, out: &mut [f32]) {
-        match &self.packed {
-            Packed::F32(matrix) => matrix.read_row(row, out),
-            Packed::Q8_0(matrix) => matrix.read_row(row, out),
-        }
+        self.packed.read_row(row, out);
     }
 
-    /// Multiplies: `out` is `[rows, out_len]`, `input` is `[rows, in_len]`. A Q8_0 matrix sees the
-    /// input quantised, which is done once per input however many matrices share it.
+    /// Bytes of input that a row of a product reads.
+    fn input_bytes(&self) -> usize {
+        match self.packed.is_quantised() {
+            true => self.in_len / QUANT_BLOCK_LEN * size_of::<QuantBlock>(),
+            false => self.in_len * size_of::<f32>(),
+        }
+    }
+}
+
+/// Packs numbers whose lengths were checked.
+fn pack(
+    [out_len, in_len]: [usize; 2],
+    data: &MatrixData,
+) -> Result<Box<dyn Packed>, TryReserveError> {
+    Ok(match data {
+        MatrixData::F32(data) => Box::new(PackedFloats::<F32Lanes>::pack(out_len, in_len, data)?),
+        MatrixData::F16(data) => Box::new(PackedFloats::<F16Lanes>::pack(out_len, in_len, data)?),
+        MatrixData::Bf16(data) => Box::new(PackedFloats::<Bf16Lanes>::pack(out_len, in_len, data)?),
+        MatrixData::Q8_0 { scales, quants } => {
+            Box::new(PackedQuants::<Q8Tile>::pack(out_len, in_len, quants, scales)?)
+        }
+        MatrixData::Q4_0 { scales, quants } => {
+            Box::new(PackedQuants::<Q4Tile>::pack(out_len, in_len, quants, scales)?)
+        }
+    })
+}
+
+/// What a tile multiplies.
+#[derive(Clone, Debug)]
+struct Part<'a> {
+    input: &'a InputRows,
+    strips: Range<usize>,
+    rows: Range<usize>,
+}
+
+/// A product to be made: where it goes and what becomes of it.
+#[derive(Debug)]
+pub struct Product<'a> {
+    matrix: &'a Linear,
+    epilogue: Epilogue,
+    /// Multiplies the silu of the product, element by element.
+    gated: Option<&'a Linear>,
+    /// `[rows, out_len]`.
+    out: &'a mut [f32],
+}
+
+impl<'a> Product<'a> {
+    /// `out = matrix * input`.
+    pub fn store(matrix: &'a Linear, out: &'a mut [f32]) -> Self {
+        Self { matrix, epilogue: Epilogue::Store, gated: None, out }
+    }
+
+    /// `out = out + matrix * input`.
+    pub fn add(matrix: &'a Linear, out: &'a mut [f32]) -> Self {
+        Self { matrix, epilogue: Epilogue::Add, gated: None, out }
+    }
+
+    /// `out = swiglu(gate * input, up * input)`.
     ///
     /// # Panics
-    /// When a length disagrees.
-    pub fn apply(&self, compute: &mut Compute, input: &mut InputRows, out: &mut [f32]) {
-        let (in_len, out_len) = (self.in_len(), self.out_len());
-        assert_eq!(input.in_len, in_len, "input rows are as long as the matrix wants");
-        let num_rows = input.num_rows();
-        assert_eq!(out.len(), num_rows * out_len, "out is [rows, out_len]");
-        if num_rows == 0 {
-            return;
-        }
-        let isa = compute.isa;
-        if let Packed::Q8_0(_) = self.packed {
-            input.quantise(isa);
-        }
-        let input = &*input;
-        let num_strips = out_len.div_ceil(STRIP_LEN);
-        compute.product(num_rows * in_len, num_strips, num_rows, |strips, out| {
-            match &self.packed {
-                Packed::F32(matrix) => {
-                    kernels::product_f32(isa, matrix.strips(strips), &input.values, out);
-                }
-                Packed::Q8_0(matrix) => {
-                    kernels::product_q8_0(isa, matrix.strips(strips), input.quantised(), out);
-                }
-            }
-        });
-        unstrip(&compute.strips, num_rows, out_len, out);
-    }
-}
-
-/// Turns `[strips, rows]` of 8 outputs into `[rows, out_len]`, the padding dropped.
-fn unstrip(strips: &[StripOutput], num_rows: usize, out_len: usize, out: &mut [f32]) {
-    for (row, out) in out.chunks_exact_mut(out_len).enumerate() {
-        let (whole, tail) = out.as_chunks_mut::<STRIP_LEN>();
-        let num_whole = whole.len();
-        for (strip, to) in whole.iter_mut().enumerate() {
-            *to = strips[strip * num_rows + row];
-        }
-        if !tail.is_empty() {
-            tail.copy_from_slice(&strips[num_whole * num_rows + row][..tail.len()]);
-        }
-    }
-}
-
-/// What computes: an implementation of the kernels and a team, with the room products need.
-#[derive(Debug)]
-pub struct Compute {
-    /// Implementation of the kernels.
-    pub isa: Isa,
-    /// The threads.
-    pub team: Team,
-    /// Output of a product, `[strips, rows]`: tiles are contiguous in it.
-    strips: Vec<StripOutput>,
-    /// Multiply-adds from which a product is shared.
-    team_macs_min: usize,
-}
-
-impl Compute {
-    /// A team of `threads` threads.
-    ///
-    /// # Errors
-    /// When the system refuses a thread.
-    pub fn new(isa: Isa, threads: usize) -> std::io::Result<Self> {
-        let team = Team::new(threads)?;
-        Ok(Self { isa, team, strips: Vec::new(), team_macs_min: TEAM_MACS_MIN })
+    /// When the matrices have different shapes.
+    pub fn swiglu(gate: &'a Linear, up: &'a Linear, out: &'a mut [f32]) -> Self {
+        assert_eq!((gate.out_len(), gate.in_len()), (up.out_len(), up.in_len()), "equal shapes");
+        Self { matrix: gate, epilogue: Epilogue::Store, gated: Some(up), out }
     }
 
-    /// Shares products from `macs` multiply-adds on with the team. For tests and measurements: it
-    /// cannot change a bit.
-    pub fn share_products_from(&mut self, macs: usize) {
-        self.team_macs_min = macs;
+    fn matrices(&self) -> impl Iterator<Item = &'a Linear> {
+        [Some(self.matrix), self.gated].into_iter().flatten()
     }
 
-    /// Runs `kernel` on ranges of strips and the parts of the output that belong to them.
-    /// `macs_per_output` is what one output of all rows costs.
-    fn product(
-        &mut self,
-        macs_per_output: usize,
-        num_strips: usize,
-        num_rows: usize,
-        kernel: impl Fn(Range<usize>, &mut [StripOutput]) + Sync,
-    ) {
-        self.strips.clear();
-        self.strips.resize(num_strips * num_rows, [0.0; STRIP_LEN]);
-        let macs = macs_per_output.saturating_mul(num_strips * STRIP_LEN);
-        let num_threads = self.team.num_threads();
-        if macs < self.team_macs_min || num_threads == 1 {
-            kernel(0..num_strips, &mut self.strips);
-            return;
-        }
+    fn grid(&self, num_rows: usize, num_threads: usize) -> Grid {
+        let row_len = self.matrix.out_len();
+        let num_strips = row_len.div_ceil(STRIP_LEN);
         let tile_strips = num_strips.div_ceil(num_threads * TILES_PER_THREAD);
-        let tile_strips = tile_strips.clamp(1, TILE_STRIPS_MAX);
-        self.team.run_chunks(&mut self.strips, tile_strips * num_rows, |tile, out| {
-            let start = tile * tile_strips;
-            kernel(start..start + out.len() / num_rows, out);
-        });
-    }
-}
-
-/// Rows that products read, with their quantised form once a Q8_0 matrix has asked for it. Reused
-/// from step to step.
-#[derive(Debug, Default)]
-pub struct InputRows {
-    in_len: usize,
-    /// `[rows, in]`.
-    values: Vec<f32>,
-    /// `[rows, in]`.
-    quants: Vec<i8>,
-    /// `[rows, in / 32]`.
-    scales: Vec<f32>,
-    is_quantised: bool,
-}
-
-impl InputRows {
-    /// No rows.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Makes room for rows of `in_len` numbers and returns it, `[rows, in]`, to be overwritten:
-    /// what is there before is arbitrary.
-    pub fn write(&mut self, num_rows: usize, in_len: usize) -> &mut [f32] {
-        self.in_len = in_len;
-        self.is_quantised = false;
-        self.values.resize(num_rows * in_len, 0.0);
-        &mut self.values
-    }
-
-    fn num_rows(&self) -> usize {
-        self.values.len().checked_div(self.in_len).unwrap_or(0)
-    }
-
-    fn quantise(&mut self, isa: Isa) {
-        if self.is_quantised {
-            return;
+        let panel_rows = PANEL_BYTES / self.matrix.input_bytes().max(1);
+        Grid {
+            num_rows,
+            row_len,
+            // Whole groups of the rows that kernels take together.
+            tile_rows: (panel_rows / ROW_GROUP).max(1) * ROW_GROUP,
+            tile_columns: tile_strips.clamp(1, TILE_STRIPS_MAX) * STRIP_LEN,
         }
-        self.quants.resize(self.values.len(), 0);
-        self.scales.resize(self.values.len() / QUANT_BLOCK_LEN, 0.0);
-        kernels::quantise(isa, &self.values, &mut self.quants, &mut self.scales);
-        self.is_quantised = true;
     }
+}
 
-    fn quantised(&self) -> QuantRows<'_> {
-        QuantRows { quants: &self.quants, scales: &self.scales }
+/// Rows that kernels take together.
+const ROW_GROUP: usize = 8;
+
+/// Makes some products of the same input: tiles of all of them are shared by the team as one job.
+///
+/// # Panics
+/// When a length disagrees.
+pub fn multiply<const N: usize>(
+    compute: &mut Compute,
+    input: &mut InputRows,
+    products: [Product<'_>; N],
+) {
+    let num_rows = input.num_rows();
+    let mut macs = 0_usize;
+    for matrix in products.iter().flat_map(Product::matrices) {
+        assert_eq!(input.in_len(), matrix.in_len(), "input rows are as long as the matrix wants");
+        macs = macs.saturating_add(num_rows * matrix.in_len() * matrix.out_len());
+        if matrix.packed.is_quantised() {
+            input.quantise(compute);
+        }
     }
+    let input = &*input;
+    let isa = compute.isa();
+    let team = compute.team_for(macs);
+    let num_threads = team.num_threads();
+    let jobs = products.each_ref().map(|product| (product.matrix, product.epilogue, product.gated));
+    let parts = products.map(|product| {
+        let grid = product.grid(num_rows, num_threads);
+        (product.out, grid)
+    });
+    team.run_tiles(parts, |index, place, mut tile| {
+        let (matrix, epilogue, gated) = jobs[index];
+        let strips = place.columns.start / STRIP_LEN..place.columns.end.div_ceil(STRIP_LEN);
+        let part = Part { input, strips, rows: place.rows };
+        let Some(up) = gated else { return matrix.packed.product(isa, part, epilogue, &mut tile) };
+        matrix.packed.product(isa, part.clone(), epilogue, &mut tile);
+        up.packed.product(isa, part, Epilogue::SwiGlu, &mut tile);
+    });
 }

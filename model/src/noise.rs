@@ -16,6 +16,15 @@ const KEY_CONTEXT: &str = "slipstream noise row key v1";
 /// Slightly more than ln 2, so that bounds computed with it hold after rounding.
 const LN2_ABOVE: f64 = std::f64::consts::LN_2 * (1.0 + 1e-9);
 
+/// What one token more adds before the finaliser.
+pub(crate) const TOKEN_STEP: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// The finaliser's factors.
+pub(crate) const MIXERS: [u64; 2] = [0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB];
+
+/// Bits that a Gumbel number is made of.
+const LEADING_ONES_MAX: u32 = 53;
+
 /// The noise of one row: all tokens at one absolute position of one sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoiseRow {
@@ -50,11 +59,21 @@ impl NoiseRow {
     /// of the token before truncation.
     #[must_use]
     pub fn bits(&self, token: TokenId) -> NoiseBits {
-        let step = u64::from(token.0).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        let mut h = self.key[0].wrapping_add(step);
-        h = (h ^ (h >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9) ^ self.key[1];
-        h = (h ^ (h >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        NoiseBits((h ^ (h >> 31)) >> 11)
+        NoiseBits(self.hash(u64::from(token.0)) >> 11)
+    }
+
+    /// All 64 bits of the finaliser, of which [`bits`](Self::bits) keeps the high 53.
+    #[inline]
+    pub(crate) fn hash(&self, token: u64) -> u64 {
+        let mut h = self.key[0].wrapping_add(token.wrapping_mul(TOKEN_STEP));
+        h = (h ^ (h >> 30)).wrapping_mul(MIXERS[0]) ^ self.key[1];
+        h = (h ^ (h >> 27)).wrapping_mul(MIXERS[1]);
+        h ^ (h >> 31)
+    }
+
+    /// The key, for kernels that compute several [hashes](Self::hash) side by side.
+    pub(crate) fn key(&self) -> [u64; 2] {
+        self.key
     }
 
     /// `G = -ln(-ln(u))`, standard Gumbel, with `u = (bits + 0.5) * 2^-53`.
@@ -95,7 +114,20 @@ impl NoiseBits {
     /// logarithm: with z of them, `1 - u > 2^-(z+1)` and `G < -ln(1 - u) < (z + 1) ln 2`.
     #[must_use]
     pub fn gumbel_bound(self) -> f64 {
-        let leading_ones = (self.0 << 11).leading_ones().min(53);
+        let leading_ones = (self.0 << 11).leading_ones().min(LEADING_ONES_MAX);
         f64::from(leading_ones + 1) * LN2_ABOVE
     }
+}
+
+/// The smallest hash with which a token may still win: a token whose score without noise is at most
+/// `base`, and whose [hash](NoiseRow::hash) is smaller, stays below `best` with its noise. `None`
+/// when no noise is large enough.
+pub(crate) fn hash_to_reach(best: f64, base: f64) -> Option<u64> {
+    // An estimate of the leading ones it takes, then the bound's own arithmetic: with fewer than
+    // `ones` of them the noise is at most `ones * LN2_ABOVE`.
+    let mut ones = (((best - base) / LN2_ABOVE) as u32).min(LEADING_ONES_MAX + 1);
+    while ones > 0 && base + f64::from(ones) * LN2_ABOVE >= best {
+        ones -= 1;
+    }
+    (ones <= LEADING_ONES_MAX).then(|| !(u64::MAX >> ones))
 }

@@ -8,8 +8,10 @@ use crate::config::{LlamaConfig, RopeScaling};
 #[derive(Debug)]
 pub struct RopeTable {
     half_len: usize,
-    /// `[context, head_dim / 2]` of (cosine, sine).
-    cos_sin: Vec<(f32, f32)>,
+    /// Cosines, `[context, head_dim / 2]`. Apart from the sines, so that vectors of both load whole.
+    cos: Vec<f32>,
+    /// Sines, `[context, head_dim / 2]`.
+    sin: Vec<f32>,
 }
 
 impl RopeTable {
@@ -21,16 +23,18 @@ impl RopeTable {
         let frequencies = inverse_frequencies(config);
         let half_len = frequencies.len();
         let len = config.context_len.checked_mul(half_len).ok_or(usize::MAX)?;
-        let mut cos_sin = Vec::new();
-        let num_bytes = len.saturating_mul(size_of::<(f32, f32)>());
-        cos_sin.try_reserve_exact(len).map_err(|_| num_bytes)?;
+        let num_bytes = len.saturating_mul(2 * size_of::<f32>());
+        let (mut cosines, mut sines) = (Vec::new(), Vec::new());
+        cosines.try_reserve_exact(len).map_err(|_| num_bytes)?;
+        sines.try_reserve_exact(len).map_err(|_| num_bytes)?;
         for position in 0..config.context_len {
             for frequency in &frequencies {
                 let (sin, cos) = libm::sincos(position as f64 * frequency);
-                cos_sin.push((cos as f32, sin as f32));
+                cosines.push(cos as f32);
+                sines.push(sin as f32);
             }
         }
-        Ok(Self { half_len, cos_sin })
+        Ok(Self { half_len, cos: cosines, sin: sines })
     }
 
     /// Rotates every head of one row in place (arXiv 2104.09864, equation 34, with the two
@@ -41,11 +45,13 @@ impl RopeTable {
     /// # Panics
     /// When the position lies past the table or `heads` is not whole heads.
     pub fn rotate(&self, position: usize, heads: &mut [f32]) {
-        let table = &self.cos_sin[position * self.half_len..(position + 1) * self.half_len];
-        assert!(heads.len().is_multiple_of(2 * self.half_len), "a row is whole heads");
-        for head in heads.chunks_exact_mut(2 * self.half_len) {
-            let (first, second) = head.split_at_mut(self.half_len);
-            for ((x, y), &(cos, sin)) in first.iter_mut().zip(second).zip(table) {
+        let half_len = self.half_len;
+        let cos = &self.cos[position * half_len..][..half_len];
+        let sin = &self.sin[position * half_len..][..half_len];
+        assert!(heads.len().is_multiple_of(2 * half_len), "a row is whole heads");
+        for head in heads.chunks_exact_mut(2 * half_len) {
+            let (first, second) = head.split_at_mut(half_len);
+            for ((x, y), (&cos, &sin)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
                 (*x, *y) = (*x * cos - *y * sin, *y * cos + *x * sin);
             }
         }
@@ -54,7 +60,7 @@ impl RopeTable {
     /// Memory held, in bytes.
     #[must_use]
     pub fn num_bytes(&self) -> usize {
-        size_of_val(self.cos_sin.as_slice())
+        size_of_val(self.cos.as_slice()) + size_of_val(self.sin.as_slice())
     }
 }
 

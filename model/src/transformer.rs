@@ -7,15 +7,17 @@
 
 use std::sync::Arc;
 
-use crate::attention::{Attention, RowPlace};
+use crate::attention::{Attention, AttentionScratch, RowPlace};
 use crate::batch::RaggedBatch;
+use crate::compute::{Compute, InputRows};
 use crate::forward::{Forward, ForwardError, ForwardLimits, Logits};
 use crate::kernels::{self, Isa};
-use crate::kv_pool::{KvPool, Slot};
-use crate::linear::{Compute, InputRows, Linear};
+use crate::kv_pool::{KvPool, KvPoolOptions, KvType, Slot};
+use crate::linear::{Product, multiply};
 use crate::packed::{ModelError, PackedLayer, PackedLlama};
 
-/// How a [`Transformer`] runs. Nothing here can change an output bit.
+/// How a [`Transformer`] runs. Nothing here can change an output bit, the type of keys and values
+/// excepted.
 #[derive(Clone, Copy, Debug)]
 pub struct TransformerOptions {
     /// Blocks of the KV pool.
@@ -24,6 +26,8 @@ pub struct TransformerOptions {
     pub threads: usize,
     /// Implementation of the kernels; [`Isa::detect`] unless a test wants another.
     pub isa: Isa,
+    /// Type of keys and values in the pool.
+    pub kv_type: KvType,
 }
 
 /// A Llama network (RMSNorm, rotary embeddings, grouped-query attention, SwiGLU) with its KV pool.
@@ -43,18 +47,17 @@ struct Scratch {
     hidden: Vec<f32>,
     /// What the next products read, `[rows, _]`.
     input: InputRows,
+    /// What the down projection reads, `[rows, ffn]`.
+    gated: InputRows,
     /// `[rows, num_heads, head_dim]`.
     queries: Vec<f32>,
     /// `[rows, num_kv_heads, head_dim]`.
     keys: Vec<f32>,
     /// `[rows, num_kv_heads, head_dim]`.
     values: Vec<f32>,
-    /// `[rows, ffn]`.
-    gate: Vec<f32>,
-    /// `[rows, ffn]`.
-    up: Vec<f32>,
-    /// What a block adds to the residual stream, `[rows, hidden]`.
-    update: Vec<f32>,
+    /// Rows whose logits are asked for.
+    wanted: Vec<usize>,
+    attention: AttentionScratch,
 }
 
 impl Transformer {
@@ -63,15 +66,27 @@ impl Transformer {
     /// # Errors
     /// When the pool does not fit into memory or the system refuses a thread.
     pub fn new(model: Arc<PackedLlama>, options: TransformerOptions) -> Result<Self, ModelError> {
-        let pool = KvPool::new(model.config(), options.num_blocks)
+        let TransformerOptions { num_blocks, threads, isa, kv_type } = options;
+        let pool = KvPool::new(model.config(), KvPoolOptions { num_blocks, kv_type, isa })
             .map_err(|bytes| ModelError::OutOfMemory { what: "the KV pool".to_owned(), bytes })?;
-        let compute = Compute::new(options.isa, options.threads)?;
+        let compute = Compute::new(isa, threads)?;
         Ok(Self { model, pool, compute, scratch: Scratch::default() })
     }
 
     /// See [`Compute::share_products_from`].
     pub fn share_products_from(&mut self, macs: usize) {
         self.compute.share_products_from(macs);
+    }
+
+    /// Threads of its team, the caller included.
+    #[must_use]
+    pub fn num_threads(&mut self) -> usize {
+        self.compute.team().num_threads()
+    }
+
+    /// See [`AttentionScratch::share_from`].
+    pub fn share_attention_from(&mut self, macs: usize, partial_floats: usize) {
+        self.scratch.attention.share_from(macs, partial_floats);
     }
 
     /// The weights it runs on.
@@ -102,36 +117,40 @@ impl Transformer {
         Ok(())
     }
 
-    /// Looks tokens up and notes where every row stands.
+    /// Looks tokens up and notes where every row stands and which rows want logits.
     fn begin(&mut self, batch: &RaggedBatch) {
         let hidden_len = self.model.config().hidden_len;
-        let scratch = &mut self.scratch;
-        scratch.hidden.resize(batch.num_rows() * hidden_len, 0.0);
-        for (&token, hidden) in batch.tokens().iter().zip(scratch.hidden.chunks_mut(hidden_len)) {
+        let Scratch { places, hidden, wanted, .. } = &mut self.scratch;
+        hidden.resize(batch.num_rows() * hidden_len, 0.0);
+        for (&token, hidden) in batch.tokens().iter().zip(hidden.chunks_mut(hidden_len)) {
             self.model.embedding.read_row(token.index(), hidden);
         }
-        scratch.places.clear();
+        places.clear();
+        wanted.clear();
         for (segment, part) in batch.segments().iter().enumerate() {
             let positions = part.start..part.start + part.rows.len();
-            let places = positions.map(|position| RowPlace { segment, position });
-            scratch.places.extend(places);
+            places.extend(positions.map(|position| RowPlace { segment, position }));
+            wanted.extend(part.rows.start + part.logits_from..part.rows.end);
         }
     }
 
-    /// Attention block of one layer: normalises, projects, rotates, stores KV of all rows, attends.
-    fn attend(&mut self, batch: &RaggedBatch, index: usize, layer: &PackedLayer) {
+    /// Normalises all rows, projects them, rotates, and stores the KV of one layer.
+    fn write_kv(&mut self, batch: &RaggedBatch, index: usize, layer: &PackedLayer) {
         let config = self.model.config();
-        let num_rows = batch.num_rows();
-        let Scratch { places, hidden, input, queries, keys, values, update, .. } =
-            &mut self.scratch;
+        let Scratch { places, hidden, input, queries, keys, values, .. } = &mut self.scratch;
         let compute = &mut self.compute;
-        let eps = config.norm_eps;
-        let normed = input.write(num_rows, config.hidden_len);
-        norm_rows(compute.isa, hidden, &layer.attention_norm, eps, normed);
-        project(compute, &layer.query, input, queries, num_rows);
-        project(compute, &layer.key, input, keys, num_rows);
-        project(compute, &layer.value, input, values, num_rows);
+        let num_rows = places.len();
+        norm_rows(compute, hidden, &layer.attention_norm, config.norm_eps, input);
         let (query_len, kv_len) = (config.query_len(), config.kv_len());
+        queries.resize(num_rows * query_len, 0.0);
+        keys.resize(num_rows * kv_len, 0.0);
+        values.resize(num_rows * kv_len, 0.0);
+        let products = [
+            Product::store(&layer.query, queries),
+            Product::store(&layer.key, keys),
+            Product::store(&layer.value, values),
+        ];
+        multiply(compute, input, products);
         for (row, place) in places.iter().enumerate() {
             let keys = &mut keys[row * kv_len..(row + 1) * kv_len];
             self.model.rope.rotate(place.position, &mut queries[row * query_len..][..query_len]);
@@ -140,8 +159,28 @@ impl Transformer {
             let values = &values[row * kv_len..(row + 1) * kv_len];
             self.pool.write(index, Slot::of(place.position, table), keys, values);
         }
+    }
+
+    /// Drops the rows that want no logits: behind the last layer's KV nobody reads them.
+    fn keep_wanted(&mut self) {
+        let config = self.model.config();
+        let Scratch { places, hidden, queries, wanted, .. } = &mut self.scratch;
+        for (to, &from) in wanted.iter().enumerate() {
+            places[to] = places[from];
+        }
+        places.truncate(wanted.len());
+        keep_rows(hidden, config.hidden_len, wanted);
+        keep_rows(queries, config.query_len(), wanted);
+    }
+
+    /// The rest of a layer: attention and the feed-forward block.
+    fn finish_layer(&mut self, batch: &RaggedBatch, index: usize, layer: &PackedLayer) {
+        let config = self.model.config();
+        let Scratch { places, hidden, input, gated, queries, attention, .. } = &mut self.scratch;
+        let compute = &mut self.compute;
+        let num_rows = places.len();
         let attention = Attention {
-            isa: compute.isa,
+            isa: compute.isa(),
             pool: &self.pool,
             layer: index,
             batch,
@@ -149,44 +188,24 @@ impl Transformer {
             queries,
             head_dim: config.head_dim,
             group_len: config.group_len(),
+            scratch: attention,
         };
-        attention.run(&mut compute.team, input.write(num_rows, query_len));
-        project(compute, &layer.attention_output, input, update, num_rows);
-        add(hidden, update);
+        attention.run(compute.team(), input.write(num_rows, config.query_len()));
+        multiply(compute, input, [Product::add(&layer.attention_output, hidden)]);
+        norm_rows(compute, hidden, &layer.ffn_norm, config.norm_eps, input);
+        let out = gated.write(num_rows, config.ffn_len);
+        multiply(compute, input, [Product::swiglu(&layer.gate, &layer.up, out)]);
+        multiply(compute, gated, [Product::add(&layer.down, hidden)]);
     }
 
-    /// Feed-forward block of one layer.
-    fn feed_forward(&mut self, num_rows: usize, layer: &PackedLayer) {
+    /// Logits of the rows that are left.
+    fn head(&mut self, logits: &mut Logits) {
         let config = self.model.config();
-        let Scratch { hidden, input, gate, up, update, .. } = &mut self.scratch;
+        let Scratch { places, hidden, input, .. } = &mut self.scratch;
+        let out = logits.reset(places.len(), config.vocab_size);
         let compute = &mut self.compute;
-        let normed = input.write(num_rows, config.hidden_len);
-        norm_rows(compute.isa, hidden, &layer.ffn_norm, config.norm_eps, normed);
-        project(compute, &layer.gate, input, gate, num_rows);
-        project(compute, &layer.up, input, up, num_rows);
-        kernels::swiglu(compute.isa, gate, up);
-        input.write(num_rows, config.ffn_len).copy_from_slice(gate);
-        project(compute, &layer.down, input, update, num_rows);
-        add(hidden, update);
-    }
-
-    /// Logits of the rows that ask for them.
-    fn head(&mut self, batch: &RaggedBatch, logits: &mut Logits) {
-        let config = self.model.config();
-        let num_rows = batch.num_logit_rows();
-        let out = logits.reset(num_rows, config.vocab_size);
-        let hidden_len = config.hidden_len;
-        let wanted = batch.segments().iter();
-        let mut rows =
-            wanted.flat_map(|segment| segment.rows.start + segment.logits_from..segment.rows.end);
-        let input = &mut self.scratch.input;
-        let isa = self.compute.isa;
-        for normed in input.write(num_rows, hidden_len).chunks_exact_mut(hidden_len) {
-            let row = rows.next().expect("the batch counts the rows it lists");
-            let hidden = &self.scratch.hidden[row * hidden_len..(row + 1) * hidden_len];
-            kernels::rms_norm(isa, hidden, &self.model.output_norm, config.norm_eps, normed);
-        }
-        self.model.output().apply(&mut self.compute, input, out);
+        norm_rows(compute, hidden, &self.model.output_norm, config.norm_eps, input);
+        multiply(compute, input, [Product::store(self.model.output(), out)]);
     }
 }
 
@@ -205,36 +224,33 @@ impl Forward for Transformer {
         self.begin(batch);
         let model = Arc::clone(&self.model);
         for (index, layer) in model.layers.iter().enumerate() {
-            self.attend(batch, index, layer);
-            self.feed_forward(batch.num_rows(), layer);
+            self.write_kv(batch, index, layer);
+            if index + 1 == model.layers.len() {
+                self.keep_wanted();
+            }
+            if self.scratch.places.is_empty() {
+                break; // the last layer, and nobody asked for logits
+            }
+            self.finish_layer(batch, index, layer);
         }
-        self.head(batch, logits);
+        self.head(logits);
         Ok(())
     }
 }
 
-/// `out = matrix * input`, with `out` resized to `[rows, out_len]`.
-fn project(
-    compute: &mut Compute,
-    matrix: &Linear,
-    input: &mut InputRows,
-    out: &mut Vec<f32>,
-    num_rows: usize,
-) {
-    out.resize(num_rows * matrix.out_len(), 0.0);
-    matrix.apply(compute, input, out);
+/// RMSNorm of every row. `x` is `[rows, n]`, `weight` is `[n]`.
+fn norm_rows(compute: &mut Compute, x: &[f32], weight: &[f32], eps: f32, out: &mut InputRows) {
+    let (len, isa) = (weight.len(), compute.isa());
+    let out = out.write(x.len() / len, len);
+    compute.rows(out, len, len, |row, out| {
+        kernels::rms_norm(isa, &x[row * len..(row + 1) * len], weight, eps, out);
+    });
 }
 
-/// RMSNorm of every row. `x` and `out` are `[rows, n]`, `weight` is `[n]`.
-fn norm_rows(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
-        kernels::rms_norm(isa, x, weight, eps, out);
+/// Moves the listed rows, in ascending order, to the front and drops the others.
+fn keep_rows(data: &mut Vec<f32>, row_len: usize, rows: &[usize]) {
+    for (to, &from) in rows.iter().enumerate() {
+        data.copy_within(from * row_len..(from + 1) * row_len, to * row_len);
     }
-}
-
-/// Adds to the residual stream; both `[rows, hidden]`.
-fn add(hidden: &mut [f32], update: &[f32]) {
-    for (hidden, update) in hidden.iter_mut().zip(update) {
-        *hidden += update;
-    }
+    data.truncate(rows.len() * row_len);
 }

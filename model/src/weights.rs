@@ -52,6 +52,15 @@ pub struct Matrix {
 }
 
 impl MatrixData {
+    /// Whether products read their input quantised.
+    #[must_use]
+    pub fn is_quantised(&self) -> bool {
+        match self {
+            Self::F32(_) | Self::F16(_) | Self::Bf16(_) => false,
+            Self::Q8_0 { .. } | Self::Q4_0 { .. } => true,
+        }
+    }
+
     /// What the format is called in digests, logs and messages.
     #[must_use]
     pub fn type_name(&self) -> &'static str {

@@ -12,7 +12,7 @@ use slipstream_model::clock::Clock;
 use slipstream_model::config::LlamaConfig;
 use slipstream_model::ids::{BLOCK_LEN, DraftEpoch};
 use slipstream_model::kernels::{Isa, NUMERICS_VERSION};
-use slipstream_model::kv_pool::KvPool;
+use slipstream_model::kv_pool::{KvPool, KvType};
 use slipstream_model::load::{
     LoadError, LoadOptions, LoadProgress, LoadStage, LoadedModel, ModelSource, WeightFormat, load,
 };
@@ -22,7 +22,7 @@ use slipstream_model::transformer::{Transformer, TransformerOptions};
 use slipstream_model::weights::LlamaWeights;
 
 use crate::backend::Backend;
-use crate::config::{Config, KvSize, ModelChoice, ModelConfig, Quantize};
+use crate::config::{Config, KvPrecision, KvSize, ModelChoice, ModelConfig, Quantize};
 use crate::embedded;
 use crate::engine::runner::{self, EngineThread};
 use crate::engine::{Engine, EngineParts};
@@ -191,7 +191,7 @@ pub fn assemble(config: &Config, clock: Arc<dyn Clock>) -> Result<Assembly, Star
     if let Some(draft) = &draft {
         check_vocabulary(draft, &verifier)?;
     }
-    let num_blocks = kv_blocks(models.kv, &verifier.config, config.engine.max_running)?;
+    let num_blocks = kv_blocks(models.kv, &verifier, config.engine.max_running)?;
     log_sizes(&verifier, draft.as_ref(), num_blocks);
     let sizes = std::iter::once(&verifier).chain(&draft).map(ModelSize::of).collect();
     let options = ModelProposerOptions {
@@ -223,7 +223,8 @@ fn served(
     model: LoadedModel,
     num_blocks: usize,
 ) -> Result<(ServedModel, Transformer), StartupError> {
-    let LoadedModel { name, config: facts, weights, converted: _, tokenizer, digest } = model;
+    let LoadedModel { name, config: facts, weights, converted: _, tokenizer, kv_type, digest } =
+        model;
     let served = ServedModel {
         name: config.models.name.clone().unwrap_or(name),
         fingerprint: format!("n{NUMERICS_VERSION}-{digest}"),
@@ -236,7 +237,9 @@ fn served(
         draft_len_max: config.engine.draft_len_max,
         draft: None,
     };
-    let transformer = transformer(facts, weights, num_blocks, config.models.threads)
+    let threads = config.models.threads;
+    let options = TransformerOptions { num_blocks, threads, isa: Isa::detect(), kv_type };
+    let transformer = transformer(VERIFIER, facts, weights, options)
         .map_err(|source| StartupError::Model { role: VERIFIER, source })?;
     Ok((served, transformer))
 }
@@ -247,19 +250,24 @@ fn proposer(
     threads: usize,
     options: ModelProposerOptions,
 ) -> Result<Box<dyn Proposer>, StartupError> {
-    let transformer = transformer(model.config, model.weights, num_blocks, threads)
+    let run =
+        TransformerOptions { num_blocks, threads, isa: Isa::detect(), kv_type: model.kv_type };
+    let transformer = transformer(DRAFT, model.config, model.weights, run)
         .map_err(|source| StartupError::Model { role: DRAFT, source })?;
     Ok(Box::new(ModelProposer::new(Box::new(transformer), FIRST_EPOCH, options)))
 }
 
 fn transformer(
+    role: &'static str,
     config: LlamaConfig,
     weights: LlamaWeights,
-    num_blocks: usize,
-    threads: usize,
+    options: TransformerOptions,
 ) -> Result<Transformer, ModelError> {
     let packed = Arc::new(PackedLlama::pack(config, weights)?);
-    Transformer::new(packed, TransformerOptions { num_blocks, threads, isa: Isa::detect() })
+    let mut transformer = Transformer::new(packed, options)?;
+    let sharing = transformer.choose_sharing();
+    tracing::debug!(role, ?sharing, "chose which products the threads share");
+    Ok(transformer)
 }
 
 fn load_model(
@@ -281,6 +289,10 @@ fn load_model(
             Quantize::None => None,
             Quantize::Q8_0 => Some(WeightFormat::Q8_0),
             Quantize::Q4 => Some(WeightFormat::Q4_0),
+        },
+        kv_type: match config.kv_type {
+            KvPrecision::F32 => KvType::F32,
+            KvPrecision::F16 => KvType::F16,
         },
         memory_budget_bytes: config.load_memory_bytes,
     };
@@ -339,19 +351,16 @@ fn short_hex(bytes: &[u8; 32]) -> String {
 }
 
 /// Memory of one KV block.
-fn block_bytes(config: &LlamaConfig) -> u64 {
-    let bytes = KvPool::num_bytes_for(config, 1).expect("the loader bounds every length");
+fn block_bytes(model: &LoadedModel) -> u64 {
+    let bytes = KvPool::num_bytes_for(&model.config, model.kv_type, 1)
+        .expect("the loader bounds every length");
     bytes as u64
 }
 
 /// Blocks of the verifier's pool.
-fn kv_blocks(
-    size: KvSize,
-    config: &LlamaConfig,
-    max_running: usize,
-) -> Result<usize, StartupError> {
-    let block_bytes = block_bytes(config);
-    let full_context = BlockManager::blocks_for(config.context_len) as u64;
+fn kv_blocks(size: KvSize, model: &LoadedModel, max_running: usize) -> Result<usize, StartupError> {
+    let block_bytes = block_bytes(model);
+    let full_context = BlockManager::blocks_for(model.config.context_len) as u64;
     let blocks = match size {
         KvSize::Blocks(blocks) => blocks as u64,
         KvSize::Bytes(bytes) => bytes / block_bytes,
@@ -405,7 +414,8 @@ fn log_sizes(verifier: &LoadedModel, draft: Option<&LoadedModel>, num_blocks: us
         context_positions = verifier.config.context_len,
         isa = Isa::detect().name(),
         kv_positions = num_blocks * BLOCK_LEN,
-        kv_mib = num_blocks as u64 * block_bytes(&verifier.config) / (1 << 20),
+        kv_mib = num_blocks as u64 * block_bytes(verifier) / (1 << 20),
+        kv_type = verifier.kv_type.name(),
         digest = %verifier.digest,
         "models loaded"
     );

@@ -14,6 +14,7 @@ pub mod flaky_proxy;
 pub mod gguf_builder;
 pub mod hash_lm;
 pub mod held_loading;
+pub mod kernel_checks;
 pub mod micro_pair;
 pub mod model_draft;
 pub mod naive_choice;

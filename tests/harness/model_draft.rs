@@ -7,7 +7,7 @@ use slipstream_draft::fault::DraftFault;
 use slipstream_draft::model_proposer::{ModelProposer, ModelProposerOptions};
 use slipstream_draft::proposer::{ProposeWork, Proposer, TimeBudget};
 use slipstream_model::ids::{DraftEpoch, SequenceId};
-use slipstream_model::proposal::Proposal;
+use slipstream_model::proposal::Proposals;
 
 use crate::hash_lm::{HashLm, HashLmConfig, HashLmProbe};
 
@@ -65,7 +65,7 @@ impl Proposer for SharedProposer {
         &mut self,
         work: &[ProposeWork<'_>],
         budget: TimeBudget<'_>,
-        proposals: &mut Vec<Proposal>,
+        proposals: &mut Proposals,
     ) -> Result<(), DraftFault> {
         lock(&self.0).propose(work, budget, proposals)
     }
@@ -91,7 +91,7 @@ impl Proposer for Forgetful {
         &mut self,
         work: &[ProposeWork<'_>],
         budget: TimeBudget<'_>,
-        proposals: &mut Vec<Proposal>,
+        proposals: &mut Proposals,
     ) -> Result<(), DraftFault> {
         self.0.reset();
         self.0.propose(work, budget, proposals)

@@ -121,19 +121,30 @@ pub fn law(row: &NaiveRow<'_>) -> Result<Vec<f64>, ChoiceFault> {
 /// # Errors
 /// [`ChoiceFault`] as the product gives it.
 pub fn choose(row: &NaiveRow<'_>) -> Result<TokenId, ChoiceFault> {
+    choose_sharpened(row, 1.0)
+}
+
+/// As [`choose`], as a draft of this sharpening does.
+///
+/// # Errors
+/// [`ChoiceFault`] as the product gives it.
+pub fn choose_sharpened(row: &NaiveRow<'_>, sharpening: f64) -> Result<TokenId, ChoiceFault> {
     let params = row.params;
     let scores: Vec<(TokenId, f64)> = if params.temperature == 0.0 {
         let logits = processed(row)?.into_iter().enumerate();
         logits.map(|(index, logit)| (TokenId(u32::try_from(index).unwrap()), logit)).collect()
     } else {
         let noise = NoiseRow::new(params.seed, params.sample_index, row.history.len());
-        let noisy = |(token, score): (TokenId, f64)| (token, score + noise.gumbel(token));
+        let noisy =
+            |(token, score): (TokenId, f64)| (token, sharpening * score + noise.gumbel(token));
         survivors(row)?.into_iter().map(noisy).collect()
     };
     let mut best: Option<(TokenId, f64)> = None;
     for (token, score) in scores {
-        // Strictly greater: the first of equals stays, and ids ascend.
-        if score > best.map_or(f64::NEG_INFINITY, |(_, score)| score) {
+        // Strictly greater: the first of equals stays, and ids ascend. With noise even a score that
+        // sharpening made infinite may win; without, a masked token may not.
+        let is_first = best.is_none() && params.temperature > 0.0;
+        if is_first || score > best.map_or(f64::NEG_INFINITY, |(_, score)| score) {
             best = Some((token, score));
         }
     }

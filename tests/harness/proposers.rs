@@ -10,7 +10,7 @@ use slipstream_draft::fault::DraftFault;
 use slipstream_draft::proposer::{ProposeWork, Proposer, TimeBudget};
 use slipstream_model::clock::{Clock, Micros};
 use slipstream_model::ids::{DraftEpoch, SequenceId, TokenId};
-use slipstream_model::proposal::Proposal;
+use slipstream_model::proposal::{Proposal, Proposals};
 
 use crate::random::Rng;
 
@@ -243,7 +243,7 @@ impl Proposer for ScriptedProposer {
         &mut self,
         work: &[ProposeWork<'_>],
         budget: TimeBudget<'_>,
-        proposals: &mut Vec<Proposal>,
+        proposals: &mut Proposals,
     ) -> Result<(), DraftFault> {
         if self.needs_reset {
             self.script.knowledge.breach("a draft was asked again after a fault, without a reset");
@@ -270,9 +270,9 @@ impl Proposer for ScriptedProposer {
                 _ => (item.sequence, self.script.epoch),
             };
             let tokens = self.tokens(behaviour, item, &truth);
-            let proposal = Proposal { sequence, epoch, tokens };
+            let proposal = Proposal { sequence, epoch, tokens: &tokens };
             if behaviour == Behaviour::Duplicate {
-                proposals.push(proposal.clone());
+                proposals.push(proposal);
             }
             proposals.push(proposal);
         }

@@ -86,6 +86,7 @@ pub fn decode(
         let context = ChoiceContext {
             params: &request.params,
             history: &history,
+            ahead: &[],
             prompt_len: request.prompt.len(),
             sharpening: 1.0,
         };

@@ -2,8 +2,10 @@
 //! row by row. Knows tokens, block tables and sampling parameters; knows no requests, no drafts and
 //! no policy.
 
+use std::ops::Range;
+
 use slipstream_model::batch::{RaggedBatch, SegmentInput};
-use slipstream_model::choice::{ChoiceContext, ChoiceFault, Chooser, log_probability};
+use slipstream_model::choice::{ChoiceContext, ChoiceFault, Chooser};
 use slipstream_model::forward::{Forward, ForwardError, ForwardLimits, Logits};
 use slipstream_model::ids::{BlockId, SequenceId, TokenId};
 use slipstream_model::sampling::SamplingParams;
@@ -42,8 +44,8 @@ impl VerifyWork<'_> {
 
 /// What became of one sequence's proposal. The committed tokens of the step are the accepted ones,
 /// then the final one.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Verdict {
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Verdict<'a> {
     /// Proposed tokens that the target chose too.
     pub accepted_len: usize,
     /// The target's token behind them. `None` when the last accepted token ends the completion:
@@ -51,7 +53,48 @@ pub struct Verdict {
     /// finish the sequence.
     pub outcome: Result<Option<FinalToken>, ChoiceFault>,
     /// Log-probabilities of the committed tokens when asked for, else empty.
-    pub logprobs: Vec<f64>,
+    pub logprobs: &'a [f64],
+}
+
+/// The verdicts of one step, one entry per item of work. Reused from step to step.
+#[derive(Clone, Debug, Default)]
+pub struct Verdicts {
+    entries: Vec<Option<Entry>>,
+    /// Log-probabilities of all entries.
+    logprobs: Vec<f64>,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    accepted_len: usize,
+    outcome: Result<Option<FinalToken>, ChoiceFault>,
+    /// Where its log-probabilities lie.
+    logprobs: Range<usize>,
+}
+
+impl Verdicts {
+    /// No verdicts.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// One entry per item of work, `None` for a chunk that does not reach the end of its known
+    /// tokens.
+    pub fn iter(&self) -> impl Iterator<Item = Option<Verdict<'_>>> {
+        self.entries.iter().map(|entry| {
+            entry.as_ref().map(|entry| Verdict {
+                accepted_len: entry.accepted_len,
+                outcome: entry.outcome,
+                logprobs: &self.logprobs[entry.logprobs.clone()],
+            })
+        })
+    }
+
+    fn clear(&mut self) {
+        self.entries.clear();
+        self.logprobs.clear();
+    }
 }
 
 /// Runs the target model and decides.
@@ -62,8 +105,6 @@ pub struct Verifier {
     chooser: Chooser,
     /// Scratch: the rows of one segment.
     row_tokens: Vec<TokenId>,
-    /// Scratch: history of the row in hand.
-    history: Vec<TokenId>,
 }
 
 impl Verifier {
@@ -71,12 +112,11 @@ impl Verifier {
     #[must_use]
     pub fn new(forward: Box<dyn Forward>) -> Self {
         Self {
+            batch: RaggedBatch::with_block_capacity(forward.limits().num_blocks),
             forward,
-            batch: RaggedBatch::new(),
             logits: Logits::new(),
             chooser: Chooser::new(),
             row_tokens: Vec::new(),
-            history: Vec::new(),
         }
     }
 
@@ -86,29 +126,30 @@ impl Verifier {
         self.forward.limits()
     }
 
-    /// Computes all rows of `work` in one forward pass and appends one entry per item to
-    /// `verdicts`, `None` for a chunk that does not reach the end of its known tokens.
+    /// Computes all rows of `work` in one forward pass and replaces `verdicts` by one entry per
+    /// item.
     ///
     /// # Errors
-    /// [`ForwardError`] when the whole pass failed; nothing was appended.
-    pub fn verify(
+    /// [`ForwardError`] when the whole pass failed; there are no verdicts then.
+    pub fn verify<'a>(
         &mut self,
-        work: &[VerifyWork<'_>],
-        verdicts: &mut Vec<Option<Verdict>>,
+        work: impl Iterator<Item = VerifyWork<'a>> + Clone,
+        verdicts: &mut Verdicts,
     ) -> Result<(), ForwardError> {
+        verdicts.clear();
         self.batch.clear();
-        for item in work {
-            self.push_rows(item);
+        for item in work.clone() {
+            self.push_rows(&item);
         }
         self.forward.forward(&self.batch, &mut self.logits)?;
         let mut logits_row = 0;
         for item in work {
+            let mut entry = None;
             if item.reaches_end() {
-                verdicts.push(Some(self.decide(item, logits_row)));
+                entry = Some(self.decide(&item, logits_row, &mut verdicts.logprobs));
                 logits_row += item.proposal.len() + 1;
-            } else {
-                verdicts.push(None);
             }
+            verdicts.entries.push(entry);
         }
         Ok(())
     }
@@ -131,40 +172,42 @@ impl Verifier {
 
     /// Chooses the target's token row by row until it disagrees with the proposal or an end token
     /// is reached. Rows behind that point are not looked at: plain decoding would never see them.
-    fn decide(&mut self, item: &VerifyWork<'_>, first_row: usize) -> Verdict {
-        self.history.clear();
-        self.history.extend_from_slice(item.history);
-        let mut verdict = Verdict { accepted_len: 0, outcome: Ok(None), logprobs: Vec::new() };
-        for depth in 0..=item.proposal.len() {
-            let row = self.logits.row(first_row + depth);
+    fn decide(
+        &mut self,
+        item: &VerifyWork<'_>,
+        first_row: usize,
+        logprobs: &mut Vec<f64>,
+    ) -> Entry {
+        let start = logprobs.len();
+        if item.logprobs {
+            logprobs.reserve(item.proposal.len() + 1);
+        }
+        let mut accepted_len = 0;
+        let outcome = loop {
+            let row = self.logits.row(first_row + accepted_len);
             let context = ChoiceContext {
                 params: item.params,
-                history: &self.history,
+                history: item.history,
+                ahead: &item.proposal[..accepted_len],
                 prompt_len: item.prompt_len,
                 sharpening: 1.0,
             };
             let token = match self.chooser.choose(row, &context) {
                 Ok(token) => token,
-                Err(fault) => {
-                    verdict.outcome = Err(fault);
-                    return verdict;
-                }
+                Err(fault) => break Err(fault),
             };
             if item.logprobs {
-                verdict.logprobs.push(log_probability(row, token));
+                logprobs.push(self.chooser.log_probability(row, token));
             }
-            match judge(item.proposal, depth, token) {
-                Judgement::Final(final_token) => {
-                    verdict.outcome = Ok(Some(final_token));
-                    return verdict;
-                }
-                Judgement::Accepted => verdict.accepted_len += 1,
+            // The row behind the last proposed token always gives a final token.
+            match judge(item.proposal, accepted_len, token) {
+                Judgement::Final(final_token) => break Ok(Some(final_token)),
+                Judgement::Accepted => accepted_len += 1,
             }
             if item.params.end_ids.contains(&token) {
-                return verdict;
+                break Ok(None);
             }
-            self.history.push(token);
-        }
-        unreachable!("the row behind the last proposed token always gives a final token")
+        };
+        Entry { accepted_len, outcome, logprobs: start..logprobs.len() }
     }
 }

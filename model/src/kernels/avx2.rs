@@ -7,14 +7,18 @@
 //! features are called from ones that do not, with the [`Avx2`] proof in hand.
 #![allow(unsafe_code)] // vector loads and stores, and calls into functions that need AVX2
 
+mod attention;
 mod products;
 
 use std::arch::x86_64::*;
 
-use super::packed::ScaleLanes;
+use super::packed::{GROUP_LEN, STRIP_LEN};
 use super::plain::{self, EXP_MAX, EXP_MIN, EXP_SERIES, LN2_HI, LN2_LO};
-use super::{Kernels, QUANT_BLOCK_LEN, SplitSum};
-use crate::ids::BLOCK_LEN;
+use super::products::{Epilogue, QuantBlock};
+use super::{Kernels, QUANT_BLOCK_LEN};
+
+/// Bytes that memory is fetched in.
+const CACHE_LINE_BYTES: usize = 64;
 
 /// Proof that this CPU has AVX2, FMA and F16C. Only detection makes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,20 +39,34 @@ impl Avx2 {
     }
 }
 
-// SAFETY (all entries): the table is private and handed out by `Avx2::kernels` only, so whoever
-// calls these holds the proof that the CPU has the features.
-static KERNELS: Kernels = Kernels {
-    product_f32: |weights, input, out| {
+static KERNELS: Kernels = TABLE;
+
+// SAFETY (all entries): the table is handed out by `Avx2::kernels`, and by `Avx512::kernels` as
+// part of another, only, so whoever calls these holds the proof that the CPU has the features.
+pub(super) const TABLE: Kernels = Kernels {
+    product_f32: |weights, input, epilogue, out| {
         // SAFETY: see the table.
-        unsafe { products::product_f32(weights, input, out) }
+        unsafe { products::floats(weights, input, epilogue, out) }
     },
-    product_q8_0: |weights, input, out| {
+    product_f16: |weights, input, epilogue, out| {
         // SAFETY: see the table.
-        unsafe { products::product_q8_0(weights, input, out) }
+        unsafe { products::floats(weights, input, epilogue, out) }
     },
-    quantise: |values, quants, scales| {
+    product_bf16: |weights, input, epilogue, out| {
         // SAFETY: see the table.
-        unsafe { quantise(values, quants, scales) }
+        unsafe { products::floats(weights, input, epilogue, out) }
+    },
+    product_q8_0: |weights, input, epilogue, out| {
+        // SAFETY: see the table.
+        unsafe { products::quants(weights, input, epilogue, out) }
+    },
+    product_q4_0: |weights, input, epilogue, out| {
+        // SAFETY: see the table.
+        unsafe { products::quants(weights, input, epilogue, out) }
+    },
+    quantise: |values, blocks| {
+        // SAFETY: see the table.
+        unsafe { quantise(values, blocks) }
     },
     rms_norm: |x, weight, eps, out| {
         // SAFETY: see the table.
@@ -58,22 +76,12 @@ static KERNELS: Kernels = Kernels {
         // SAFETY: see the table.
         unsafe { swiglu(gate, up) }
     },
-    scores: |query, keys, scale, out| {
-        // SAFETY: see the table.
-        unsafe { scores(query, keys, scale, out) }
-    },
-    softmax: |scores| {
-        // SAFETY: see the table.
-        unsafe { softmax(scores) }
-    },
-    accumulate: |probabilities, values, out| {
-        // SAFETY: see the table.
-        unsafe { accumulate(probabilities, values, out) }
-    },
+    attention: &attention::KERNELS,
     exp: |values| {
         // SAFETY: see the table.
         unsafe { exp_slice(values) }
     },
+    scan: &super::scan::AVX2,
 };
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -104,24 +112,54 @@ fn store_i8(to: &mut [i8; 32], value: __m256i) {
     unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), value) }
 }
 
+/// Widens 8 half-precision floats, given as bits.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn load_scales(from: &ScaleLanes) -> __m256 {
+fn load_halves(from: &[u16; 8]) -> __m256 {
     // SAFETY: the reference is to 16 readable bytes; the load needs no alignment.
-    let halves = unsafe { _mm_loadu_si128(from.0.as_ptr().cast()) };
+    let halves = unsafe { _mm_loadu_si128(from.as_ptr().cast()) };
     _mm256_cvtph_ps(halves)
 }
 
+/// Asks for an item of a slice, or for what lies behind it, before it is needed.
+#[inline(always)]
+pub(super) fn prefetch<T>(items: &[T], index: usize) {
+    let item = items.as_ptr().wrapping_add(index).cast::<i8>();
+    for line in 0..size_of::<T>().div_ceil(CACHE_LINE_BYTES) {
+        // SAFETY: prefetching neither faults nor changes anything, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(item.wrapping_add(line * CACHE_LINE_BYTES)) };
+    }
+}
+
+/// The four quants of one group of a block, as one 32-bit number.
+#[inline(always)]
+pub(super) fn group_bits(block: &QuantBlock, group: usize) -> i32 {
+    let at = group * GROUP_LEN;
+    let quants = &block.quants;
+    let bytes =
+        [quants[at] as u8, quants[at + 1] as u8, quants[at + 2] as u8, quants[at + 3] as u8];
+    i32::from_le_bytes(bytes)
+}
+
+/// The epilogue of a whole strip, for implementations with wider sums.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn quantise(values: &[f32], quants: &mut [i8], scales: &mut [f32]) {
-    let (blocks, _) = values.as_chunks::<QUANT_BLOCK_LEN>();
-    let (quants, _) = quants.as_chunks_mut::<QUANT_BLOCK_LEN>();
-    for ((block, quants), scale) in blocks.iter().zip(quants).zip(scales) {
-        let (parts, _) = block.as_chunks::<8>();
+#[inline]
+pub(super) fn put_strip(epilogue: Epilogue, out: &mut [f32; STRIP_LEN], sums: &[f32; STRIP_LEN]) {
+    let (outs, _) = out.as_chunks_mut::<8>();
+    for (out, sums) in outs.iter_mut().zip(sums.as_chunks::<8>().0) {
+        products::put_register(epilogue, out, load(sums));
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn quantise(values: &[f32], blocks: &mut [QuantBlock]) {
+    let (all_values, _) = values.as_chunks::<QUANT_BLOCK_LEN>();
+    for (values, block) in all_values.iter().zip(blocks) {
+        let (parts, _) = values.as_chunks::<8>();
         let inverse;
-        (*scale, inverse) = plain::block_scale(largest_magnitude_bits(parts));
+        (block.scale, inverse) = plain::products::block_scale(largest_magnitude_bits(parts));
         if inverse == 0.0 {
-            *quants = [0; QUANT_BLOCK_LEN];
+            (block.quants, block.offset) = ([0; QUANT_BLOCK_LEN], 0);
             continue;
         }
         let inverse = _mm256_set1_ps(inverse);
@@ -134,7 +172,14 @@ fn quantise(values: &[f32], quants: &mut [i8], scales: &mut [f32]) {
         // Packing works on 128-bit halves: 32-bit groups come out as 0 2 4 6 1 3 5 7.
         let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         let bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
-        store_i8(quants, bytes);
+        store_i8(&mut block.quants, bytes);
+        // Sums of absolute differences to -128, in four 64-bit lanes: exact.
+        let raised = _mm256_xor_si256(bytes, _mm256_set1_epi8(i8::MIN));
+        let sums = _mm256_sad_epu8(raised, _mm256_setzero_si256());
+        let pair = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+        let one = _mm_add_epi64(pair, _mm_unpackhi_epi64(pair, pair));
+        let raised_by = 128 * QUANT_BLOCK_LEN as i32;
+        block.offset = -8 * (_mm_cvtsi128_si32(one) - raised_by);
     }
 }
 
@@ -177,143 +222,21 @@ fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
 fn swiglu(gate: &mut [f32], up: &[f32]) {
     let (gates, gate_tail) = gate.as_chunks_mut::<8>();
     let (ups, up_tail) = up.as_chunks::<8>();
-    let (one, sign) = (_mm256_set1_ps(1.0), _mm256_set1_ps(-0.0));
     for (gate, up) in gates.iter_mut().zip(ups) {
-        let x = load(gate);
-        let silu = _mm256_div_ps(x, _mm256_add_ps(one, exp(_mm256_xor_ps(x, sign))));
-        store(gate, _mm256_mul_ps(silu, load(up)));
+        let value = _mm256_mul_ps(silu(load(gate)), load(up));
+        store(gate, value);
     }
     for (gate, &up) in gate_tail.iter_mut().zip(up_tail) {
         *gate = plain::swiglu_one(*gate, up);
     }
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
-fn scores(query: &[f32], keys: &[f32], scale: f32, out: &mut [f32; BLOCK_LEN]) {
-    let (query, _) = query.as_chunks::<8>();
-    let (keys, _) = keys.as_chunks::<8>();
-    let scale = _mm256_set1_ps(scale);
-    let (outs, _) = out.as_chunks_mut::<8>();
-    for (keys, out) in keys.chunks_exact(8 * query.len()).zip(outs) {
-        store(out, _mm256_mul_ps(eight_dots(query, keys), scale));
-    }
-}
-
-/// Dot products of one query with eight keys, side by side to hide latency.
+/// `x / (1 + exp(-x))`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn eight_dots(query: &[[f32; 8]], keys: &[[f32; 8]]) -> __m256 {
-    let num_parts = query.len();
-    let mut rows = [keys; 8];
-    for (row, key) in rows.iter_mut().zip(keys.chunks_exact(num_parts)) {
-        *row = key;
-    }
-    let mut sums = [_mm256_setzero_ps(); 8];
-    for (part, query) in query.iter().enumerate() {
-        let query = load(query);
-        for (sum, key) in sums.iter_mut().zip(rows) {
-            *sum = _mm256_fmadd_ps(query, load(&key[part]), *sum);
-        }
-    }
-    // The fixed tree for all eight at once. Each step adds the same lanes as `plain::tree` and
-    // packs two registers into one; the order of the pairs makes key j end in lane j.
-    let fold_four = |a: __m256, b: __m256| {
-        let low = _mm256_permute2f128_ps::<0x20>(a, b);
-        let high = _mm256_permute2f128_ps::<0x31>(a, b);
-        _mm256_add_ps(low, high)
-    };
-    let fold_two = |a: __m256, b: __m256| {
-        let (a, b) = (_mm256_castps_pd(a), _mm256_castps_pd(b));
-        let low = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
-        let high = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
-        _mm256_add_ps(low, high)
-    };
-    let [s0, s1, s2, s3, s4, s5, s6, s7] = sums;
-    let even = fold_two(fold_four(s0, s4), fold_four(s1, s5));
-    let odd = fold_two(fold_four(s2, s6), fold_four(s3, s7));
-    _mm256_add_ps(
-        _mm256_shuffle_ps::<0b10_00_10_00>(even, odd),
-        _mm256_shuffle_ps::<0b11_01_11_01>(even, odd),
-    )
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn softmax(scores: &mut [f32]) -> SplitSum {
-    let max = largest(scores);
-    let wide_max = _mm256_set1_ps(max);
-    let mut sums = _mm256_setzero_ps();
-    let (parts, tail) = scores.as_chunks_mut::<8>();
-    for part in parts {
-        let probabilities = exp(_mm256_sub_ps(load(part), wide_max));
-        store(part, probabilities);
-        sums = _mm256_add_ps(sums, probabilities);
-    }
-    let mut lanes = [0.0; 8];
-    store(&mut lanes, sums);
-    for (lane, score) in lanes.iter_mut().zip(tail) {
-        *score = plain::exp(*score - max);
-        *lane += *score;
-    }
-    SplitSum { max, sum: plain::tree(lanes) }
-}
-
-/// Largest number, NaN passed over, -infinity when there is none; never -0.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn largest(values: &[f32]) -> f32 {
-    let (parts, tail) = values.as_chunks::<8>();
-    let mut max = _mm256_set1_ps(f32::NEG_INFINITY);
-    for part in parts {
-        // Of two operands, the second is returned when one is NaN.
-        max = _mm256_max_ps(load(part), max);
-    }
-    let mut lanes = [0.0; 8];
-    store(&mut lanes, max);
-    let all = lanes.iter().chain(tail);
-    all.fold(f32::NEG_INFINITY, |max, &s| if s > max { s } else { max }) + 0.0
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn accumulate(probabilities: &[f32], values: &[f32], out: &mut [f32]) {
-    let num_parts = out.len() / 8;
-    let (values, _) = values.as_chunks::<8>();
-    let (outs, _) = out.as_chunks_mut::<8>();
-    let mut first = 0;
-    while first < num_parts {
-        let num = if num_parts - first >= 8 { 8 } else { 1 };
-        let outs = &mut outs[first..first + num];
-        if num == 8 {
-            accumulate_parts::<8>(probabilities, values, outs, (first, num_parts));
-        } else {
-            accumulate_parts::<1>(probabilities, values, outs, (first, num_parts));
-        }
-        first += num;
-    }
-}
-
-/// `PARTS` vectors of the output, from vector `at.0` of the `at.1` of a value row.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn accumulate_parts<const PARTS: usize>(
-    probabilities: &[f32],
-    values: &[[f32; 8]],
-    outs: &mut [[f32; 8]],
-    at: (usize, usize),
-) {
-    let (first, num_parts) = at;
-    let mut sums = [_mm256_setzero_ps(); PARTS];
-    for (sum, out) in sums.iter_mut().zip(outs.iter()) {
-        *sum = load(out);
-    }
-    for (&probability, values) in probabilities.iter().zip(values.chunks_exact(num_parts)) {
-        let probability = _mm256_set1_ps(probability);
-        for (sum, value) in sums.iter_mut().zip(&values[first..first + PARTS]) {
-            *sum = _mm256_fmadd_ps(probability, load(value), *sum);
-        }
-    }
-    for (out, sum) in outs.iter_mut().zip(sums) {
-        store(out, sum);
-    }
+fn silu(x: __m256) -> __m256 {
+    let (one, sign) = (_mm256_set1_ps(1.0), _mm256_set1_ps(-0.0));
+    _mm256_div_ps(x, _mm256_add_ps(one, exp(_mm256_xor_ps(x, sign))))
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]

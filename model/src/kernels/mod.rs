@@ -11,14 +11,20 @@
 //! A new kernel is written in `plain.rs`, gets an entry in the table of function pointers here, a
 //! safe entry point, and a case in the tests, which compare every implementation this CPU has.
 
+pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 pub mod packed;
 mod plain;
+pub mod products;
+pub mod scan;
 pub mod team;
+pub mod tile;
 
-use crate::ids::BLOCK_LEN;
-use packed::{F32Lanes, QuantTile, ScaleLanes, StripOutput};
+use packed::{Bf16Lanes, F16Lanes, F32Lanes, Q4Tile, Q8Tile};
+use products::{FloatProduct, QuantBlock, QuantProduct};
 
 /// Version of everything that fixes output bits: these kernels, their order of operations, the
 /// activation quantisation, [`SPLIT_LEN`], rotary tables, token choice and its noise. It is part of
@@ -48,24 +54,28 @@ pub enum Isa {
     /// AVX2 with FMA and F16C. Only [`Isa::detect`] and [`Isa::available`] can make it.
     #[cfg(target_arch = "x86_64")]
     Avx2(avx2::Avx2),
+    /// AVX-512 with VNNI for the quantised products, AVX2 for the rest. Made as the one above.
+    #[cfg(target_arch = "x86_64")]
+    Avx512(avx512::Avx512),
 }
 
 impl Isa {
     /// The fastest implementation that this machine can run.
     #[must_use]
     pub fn detect() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        if let Some(proof) = avx2::Avx2::detect() {
-            return Self::Avx2(proof);
-        }
-        Self::Plain
+        Self::available().pop().unwrap_or(Self::Plain)
     }
 
-    /// Every implementation that this machine can run, [`Isa::Plain`] first.
+    /// Every implementation that this machine can run, [`Isa::Plain`] first, the fastest last.
     #[must_use]
     pub fn available() -> Vec<Self> {
-        let fastest = Self::detect();
-        if fastest == Self::Plain { vec![fastest] } else { vec![Self::Plain, fastest] }
+        let mut all = vec![Self::Plain];
+        #[cfg(target_arch = "x86_64")]
+        {
+            all.extend(avx2::Avx2::detect().map(Self::Avx2));
+            all.extend(avx512::Avx512::detect().map(Self::Avx512));
+        }
+        all
     }
 
     /// Name for logs and reports.
@@ -75,6 +85,8 @@ impl Isa {
             Self::Plain => "plain",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => "avx512-vnni",
         }
     }
 
@@ -83,115 +95,26 @@ impl Isa {
             Self::Plain => &plain::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(proof) => proof.kernels(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(proof) => proof.kernels(),
         }
     }
 }
 
+#[derive(Clone, Copy)]
 /// One implementation. The functions may rely on the lengths that the entry points below check.
 struct Kernels {
-    product_f32: fn(&F32Strips<'_>, &[f32], &mut [StripOutput]),
-    product_q8_0: fn(&Q8Strips<'_>, &QuantRows<'_>, &mut [StripOutput]),
-    quantise: fn(&[f32], &mut [i8], &mut [f32]),
+    product_f32: FloatProduct<F32Lanes>,
+    product_f16: FloatProduct<F16Lanes>,
+    product_bf16: FloatProduct<Bf16Lanes>,
+    product_q8_0: QuantProduct<Q8Tile>,
+    product_q4_0: QuantProduct<Q4Tile>,
+    quantise: fn(&[f32], &mut [QuantBlock]),
     rms_norm: fn(&[f32], &[f32], f32, &mut [f32]),
     swiglu: fn(&mut [f32], &[f32]),
-    scores: fn(&[f32], &[f32], f32, &mut [f32; BLOCK_LEN]),
-    softmax: fn(&mut [f32]) -> SplitSum,
-    accumulate: fn(&[f32], &[f32], &mut [f32]),
+    attention: &'static attention::AttentionKernels,
     exp: fn(&mut [f32]),
-}
-
-/// Some strips of a matrix of floats, as [`packed::PackedF32`] holds them.
-#[derive(Clone, Copy, Debug)]
-pub struct F32Strips<'a> {
-    /// Weights, `[strips, in]`.
-    pub lanes: &'a [F32Lanes],
-    /// Inputs per strip.
-    pub in_len: usize,
-}
-
-/// Some strips of a Q8_0 matrix, as [`packed::PackedQ8`] holds them.
-#[derive(Clone, Copy, Debug)]
-pub struct Q8Strips<'a> {
-    /// Weights, `[strips, blocks]`.
-    pub tiles: &'a [QuantTile],
-    /// Half-precision scales, `[strips, blocks]` of one scale per output.
-    pub scales: &'a [ScaleLanes],
-    /// Blocks of 32 inputs per strip.
-    pub num_blocks: usize,
-}
-
-/// Quantised activations: value = scale * quant.
-#[derive(Clone, Copy, Debug)]
-pub struct QuantRows<'a> {
-    /// `[rows, in]`, each within -127 ..= 127.
-    pub quants: &'a [i8],
-    /// `[rows, in / 32]`.
-    pub scales: &'a [f32],
-}
-
-/// What the softmax of one attention split leaves for merging.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct SplitSum {
-    /// Largest score; NaN scores are passed over, because they show in `sum` anyway.
-    pub max: f32,
-    /// Sum of `exp(score - max)`; NaN if any score is NaN or infinite.
-    pub sum: f32,
-}
-
-/// `out[strip, row, o] = sum over k of weights[strip, k, o] * input[row, k]`, starting from 0,
-/// with one fused multiply-add per `k`, in order.
-///
-/// `input` is `[rows, in]`, `out` is `[strips, rows]` of 8 outputs each.
-///
-/// # Panics
-/// When the lengths disagree.
-pub fn product_f32(isa: Isa, weights: F32Strips<'_>, input: &[f32], out: &mut [StripOutput]) {
-    let F32Strips { lanes, in_len } = weights;
-    assert!(in_len > 0 && lanes.len().is_multiple_of(in_len), "weights are whole strips");
-    assert!(input.len().is_multiple_of(in_len), "input is whole rows");
-    let num_strips = lanes.len() / in_len;
-    assert_eq!(Some(out.len()), num_strips.checked_mul(input.len() / in_len), "out has the shape");
-    (isa.kernels().product_f32)(&weights, input, out);
-}
-
-/// `out[strip, row, o]`: for every block of 32 inputs, in order,
-/// `out = fma(weight_scale * input_scale, exact integer dot product, out)`, starting from 0.
-///
-/// `out` is `[strips, rows]` of 8 outputs each.
-///
-/// # Panics
-/// When the lengths disagree.
-pub fn product_q8_0(
-    isa: Isa,
-    weights: Q8Strips<'_>,
-    input: QuantRows<'_>,
-    out: &mut [StripOutput],
-) {
-    let num_blocks = weights.num_blocks;
-    assert!(num_blocks > 0 && weights.tiles.len().is_multiple_of(num_blocks), "whole strips");
-    assert_eq!(weights.tiles.len(), weights.scales.len(), "one group of scales per tile");
-    assert!(input.scales.len().is_multiple_of(num_blocks), "input is whole rows");
-    let quants_len = input.scales.len().checked_mul(QUANT_BLOCK_LEN);
-    assert_eq!(Some(input.quants.len()), quants_len, "one scale per block of input");
-    let (num_strips, num_rows) =
-        (weights.tiles.len() / num_blocks, input.scales.len() / num_blocks);
-    assert_eq!(Some(out.len()), num_strips.checked_mul(num_rows), "out has the shape");
-    (isa.kernels().product_q8_0)(&weights, &input, out);
-}
-
-/// Quantises activations, block by block of 32. With `amax` the largest magnitude of a block:
-/// `scale = amax / 127`, `quant = round_ties_even(x * (127 / amax))`. A block with a NaN or an
-/// infinity gets scale NaN and quants 0, one with `amax <` [`AMAX_MIN`] gets scale 0 and quants 0.
-///
-/// `values` and `quants` are `[n]`, `scales` is `[n / 32]`.
-///
-/// # Panics
-/// When the lengths disagree or are no multiple of 32.
-pub fn quantise(isa: Isa, values: &[f32], quants: &mut [i8], scales: &mut [f32]) {
-    assert!(values.len().is_multiple_of(QUANT_BLOCK_LEN), "values are whole blocks");
-    assert_eq!(values.len(), quants.len(), "one quant per value");
-    assert_eq!(values.len() / QUANT_BLOCK_LEN, scales.len(), "one scale per block");
-    (isa.kernels().quantise)(values, quants, scales);
+    scan: &'static scan::ScanKernels,
 }
 
 /// RMSNorm (arXiv 1910.07467, equation 4): `out = (x * scale) * weight` with
@@ -216,45 +139,6 @@ pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) 
 pub fn swiglu(isa: Isa, gate: &mut [f32], up: &[f32]) {
     assert_eq!(gate.len(), up.len(), "one up number per gate");
     (isa.kernels().swiglu)(gate, up);
-}
-
-/// Attention scores of one query against one KV block: `out[j] = dot(query, keys[j]) * scale`. A
-/// dot product runs in 8 lanes (lane = index % 8) of fused multiply-adds, added up by the fixed
-/// tree. All 16 are computed; the caller uses those of valid positions, which do not depend on the
-/// others.
-///
-/// `query` is `[head_dim]`, `keys` is `[16, head_dim]`.
-///
-/// # Panics
-/// When the lengths disagree or `head_dim` is zero or no multiple of 8.
-pub fn scores(isa: Isa, query: &[f32], keys: &[f32], scale: f32, out: &mut [f32; BLOCK_LEN]) {
-    assert!(!query.is_empty() && query.len().is_multiple_of(8), "heads are whole lanes");
-    assert_eq!(Some(keys.len()), query.len().checked_mul(BLOCK_LEN), "keys are one block");
-    (isa.kernels().scores)(query, keys, scale, out);
-}
-
-/// Turns the scores of one split into unnormalised probabilities in place,
-/// `exp(score - max)`, and returns what merging needs. The sum runs in 8 lanes (lane = index % 8)
-/// added up by the fixed tree.
-///
-/// # Panics
-/// When there are no scores or more than [`SPLIT_LEN`].
-pub fn softmax(isa: Isa, scores: &mut [f32]) -> SplitSum {
-    assert!((1..=SPLIT_LEN).contains(&scores.len()), "a split has 1 to SPLIT_LEN positions");
-    (isa.kernels().softmax)(scores)
-}
-
-/// `out[d] = fma(probabilities[j], values[j, d], out[d])` for every position `j` in order.
-///
-/// `probabilities` is `[n]`, `values` is `[n, head_dim]`, `out` is `[head_dim]`.
-///
-/// # Panics
-/// When the lengths disagree or `head_dim` is zero or no multiple of 8.
-pub fn accumulate(isa: Isa, probabilities: &[f32], values: &[f32], out: &mut [f32]) {
-    assert!(!out.is_empty() && out.len().is_multiple_of(8), "heads are whole lanes");
-    let values_len = out.len().checked_mul(probabilities.len());
-    assert_eq!(Some(values.len()), values_len, "one value row per probability");
-    (isa.kernels().accumulate)(probabilities, values, out);
 }
 
 /// Natural exponential of every element, within [`EXP_ULPS`] of the exact value. Results below

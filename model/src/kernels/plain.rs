@@ -4,110 +4,26 @@
 //! `f32::mul_add` is the fused operation with one rounding, on every machine. Nothing here may be
 //! rearranged without raising [`NUMERICS_VERSION`](super::NUMERICS_VERSION).
 
-use half::f16;
+mod attention;
+pub(super) mod products;
 
-use super::packed::{GROUP_LEN, QuantTile, STRIP_LEN, StripOutput};
-use super::{AMAX_MIN, F32Strips, Kernels, Q8Strips, QUANT_BLOCK_LEN, QuantRows, SplitSum};
-use crate::ids::BLOCK_LEN;
+pub(super) use attention::narrow_one;
+
+use super::Kernels;
 
 pub(super) static KERNELS: Kernels = Kernels {
-    product_f32,
-    product_q8_0,
-    quantise,
+    product_f32: products::floats,
+    product_f16: products::floats,
+    product_bf16: products::floats,
+    product_q8_0: products::quants,
+    product_q4_0: products::quants,
+    quantise: products::quantise,
     rms_norm,
     swiglu,
-    scores,
-    softmax,
-    accumulate,
+    attention: &attention::KERNELS,
     exp: |values| values.iter_mut().for_each(|value| *value = exp(*value)),
+    scan: &super::scan::PLAIN,
 };
-
-/// Bits of +infinity: the bits of a magnitude at or above these mean infinity or NaN.
-pub(super) const INFINITY_BITS: u32 = 0x7F80_0000;
-
-fn product_f32(weights: &F32Strips<'_>, input: &[f32], out: &mut [StripOutput]) {
-    let F32Strips { lanes, in_len } = *weights;
-    let num_rows = input.len() / in_len;
-    if num_rows == 0 {
-        return;
-    }
-    for (strip, out) in lanes.chunks_exact(in_len).zip(out.chunks_exact_mut(num_rows)) {
-        for (row, out) in input.chunks_exact(in_len).zip(out) {
-            let mut sums = [0.0_f32; STRIP_LEN];
-            for (lanes, &x) in strip.iter().zip(row) {
-                for (sum, &weight) in sums.iter_mut().zip(&lanes.0) {
-                    *sum = weight.mul_add(x, *sum);
-                }
-            }
-            *out = sums;
-        }
-    }
-}
-
-fn product_q8_0(weights: &Q8Strips<'_>, input: &QuantRows<'_>, out: &mut [StripOutput]) {
-    let num_blocks = weights.num_blocks;
-    let num_rows = input.scales.len() / num_blocks;
-    if num_rows == 0 {
-        return;
-    }
-    let strips = weights.tiles.chunks_exact(num_blocks).zip(weights.scales.chunks(num_blocks));
-    for ((tiles, weight_scales), out) in strips.zip(out.chunks_exact_mut(num_rows)) {
-        let rows = input.quants.chunks_exact(num_blocks * QUANT_BLOCK_LEN);
-        let rows = rows.zip(input.scales.chunks_exact(num_blocks));
-        for ((quants, scales), out) in rows.zip(out) {
-            let (blocks, _) = quants.as_chunks::<QUANT_BLOCK_LEN>();
-            let mut sums = [0.0_f32; STRIP_LEN];
-            for (block, tile) in tiles.iter().enumerate() {
-                let products = integer_products(tile, &blocks[block]);
-                for (lane, sum) in sums.iter_mut().enumerate() {
-                    let weight_scale = f16::from_bits(weight_scales[block].0[lane]).to_f32();
-                    *sum = (weight_scale * scales[block]).mul_add(products[lane] as f32, *sum);
-                }
-            }
-            *out = sums;
-        }
-    }
-}
-
-/// Exact dot products of one block with 8 outputs: at most `32 * 128 * 127`, so that the conversion
-/// to f32 is exact too.
-fn integer_products(tile: &QuantTile, block: &[i8; QUANT_BLOCK_LEN]) -> [i32; STRIP_LEN] {
-    let mut sums = [0; STRIP_LEN];
-    for (group, inputs) in tile.0.iter().zip(block.chunks_exact(GROUP_LEN)) {
-        for (sum, weights) in sums.iter_mut().zip(group.chunks_exact(GROUP_LEN)) {
-            for (&weight, &input) in weights.iter().zip(inputs) {
-                *sum += i32::from(weight) * i32::from(input);
-            }
-        }
-    }
-    sums
-}
-
-fn quantise(values: &[f32], quants: &mut [i8], scales: &mut [f32]) {
-    let blocks = values.chunks_exact(QUANT_BLOCK_LEN).zip(quants.chunks_exact_mut(QUANT_BLOCK_LEN));
-    for ((values, quants), scale) in blocks.zip(scales) {
-        // Magnitudes are compared as integers: the order is the same, and NaN is the largest.
-        let amax_bits = values.iter().fold(0, |max, value| max.max(value.abs().to_bits()));
-        let inverse;
-        (*scale, inverse) = block_scale(amax_bits);
-        for (quant, &value) in quants.iter_mut().zip(values) {
-            // Cannot leave -127 ..= 127: x * (127 / amax) exceeds 127 by two roundings at most.
-            *quant = if inverse == 0.0 { 0 } else { (value * inverse).round_ties_even() as i8 };
-        }
-    }
-}
-
-/// Scale of an activation block and the factor that gives its quants; factor 0 means all are 0.
-pub(super) fn block_scale(amax_bits: u32) -> (f32, f32) {
-    let amax = f32::from_bits(amax_bits);
-    if amax_bits >= INFINITY_BITS {
-        (f32::NAN, 0.0)
-    } else if amax < AMAX_MIN {
-        (0.0, 0.0)
-    } else {
-        (amax / 127.0, 127.0 / amax)
-    }
-}
 
 /// The fixed tree: how 8 lanes become one number.
 pub(super) fn tree(lanes: [f32; 8]) -> f32 {
@@ -146,33 +62,6 @@ pub(super) fn swiglu_one(gate: f32, up: f32) -> f32 {
 fn swiglu(gate: &mut [f32], up: &[f32]) {
     for (gate, &up) in gate.iter_mut().zip(up) {
         *gate = swiglu_one(*gate, up);
-    }
-}
-
-fn scores(query: &[f32], keys: &[f32], scale: f32, out: &mut [f32; BLOCK_LEN]) {
-    for (out, key) in out.iter_mut().zip(keys.chunks_exact(query.len())) {
-        *out = dot(query, key) * scale;
-    }
-}
-
-fn softmax(scores: &mut [f32]) -> SplitSum {
-    // Adding zero makes a maximum of -0 the same as one of +0, whichever came first.
-    let max = scores.iter().fold(f32::NEG_INFINITY, |max, &s| if s > max { s } else { max }) + 0.0;
-    let mut lanes = [0.0_f32; 8];
-    for scores in scores.chunks_mut(8) {
-        for (lane, score) in lanes.iter_mut().zip(scores) {
-            *score = exp(*score - max);
-            *lane += *score;
-        }
-    }
-    SplitSum { max, sum: tree(lanes) }
-}
-
-fn accumulate(probabilities: &[f32], values: &[f32], out: &mut [f32]) {
-    for (&probability, values) in probabilities.iter().zip(values.chunks_exact(out.len())) {
-        for (out, &value) in out.iter_mut().zip(values) {
-            *out = probability.mul_add(value, *out);
-        }
     }
 }
 

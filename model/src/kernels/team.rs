@@ -14,6 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use super::tile::{Grid, Place, SharedMatrix, Tile};
+
 /// Most threads of a team, the caller included.
 pub const THREADS_MAX: usize = 256;
 
@@ -159,6 +161,32 @@ impl Team {
             // within `data`, which is borrowed mutably until `run` returns, and do not overlap.
             let part = unsafe { std::slice::from_raw_parts_mut(base.get().add(start), chunk_len) };
             work(chunk, part);
+        });
+    }
+
+    /// Calls `work` once with every tile of every part, on any thread: which part, where the tile
+    /// lies in it, and the tile for writing.
+    ///
+    /// # Panics
+    /// When a matrix has another shape than its grid, or a call panics.
+    pub fn run_tiles<const PARTS: usize>(
+        &mut self,
+        parts: [(&mut [f32], Grid); PARTS],
+        work: impl Fn(usize, Place, Tile<'_>) + Sync,
+    ) {
+        let parts = parts.map(|(data, grid)| SharedMatrix::new(data, grid));
+        let num_tiles = parts.iter().map(SharedMatrix::num_tiles).sum();
+        self.run(num_tiles, &|number| {
+            let mut tile = number;
+            for (index, part) in parts.iter().enumerate() {
+                if tile < part.num_tiles() {
+                    // SAFETY: `run` passes each number below the sum once, so each tile of each
+                    // part is asked for once.
+                    let (place, tile) = unsafe { part.tile(tile) };
+                    return work(index, place, tile);
+                }
+                tile -= part.num_tiles();
+            }
         });
     }
 

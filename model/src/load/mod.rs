@@ -32,6 +32,7 @@ use self::source::{Source, read_small};
 use crate::config::LlamaConfig;
 use crate::digest::ModelDigest;
 pub use crate::error::LoadError;
+use crate::kv_pool::KvType;
 use crate::tokenizer::{NamedIds, Tokenizer};
 use crate::weights::LlamaWeights;
 
@@ -70,13 +71,20 @@ pub struct LoadOptions {
     /// keeps the file's. Of the formats that are not computed with, `None` turns Q4_K into Q4_0,
     /// and Q4_1, Q5_0, Q5_1, Q5_K and Q6_K into Q8_0.
     pub format: Option<WeightFormat>,
+    /// Type of keys and values that the network will run with: part of the model's identity.
+    pub kv_type: KvType,
     /// Most memory that loading may take at its peak.
     pub memory_budget_bytes: u64,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { context_limit: None, format: None, memory_budget_bytes: DEFAULT_MEMORY_BUDGET_BYTES }
+        Self {
+            context_limit: None,
+            format: None,
+            kv_type: KvType::default(),
+            memory_budget_bytes: DEFAULT_MEMORY_BUDGET_BYTES,
+        }
     }
 }
 
@@ -141,7 +149,9 @@ pub struct LoadedModel {
     pub converted: Vec<Converted>,
     /// The tokenizer that came with them.
     pub tokenizer: Tokenizer,
-    /// Identity of all of the above.
+    /// Type of keys and values to run it with.
+    pub kv_type: KvType,
+    /// Identity of all of the above, the name excepted.
     pub digest: ModelDigest,
 }
 
@@ -200,7 +210,7 @@ fn load_directory(
         .canonicalize()
         .ok()
         .and_then(|dir| dir.file_name().map(|name| name.to_string_lossy().into_owned()));
-    Ok(finish(name, parsed, weights, tokenizer, progress))
+    Ok(finish(name, parsed.llama, (weights, tokenizer), options.kv_type, progress))
 }
 
 fn load_gguf(
@@ -214,22 +224,27 @@ fn load_gguf(
     let tokenizer = gguf_tokenizer::read(file.metadata(), parsed.llama.vocab_size, &parsed.named)?;
     let inner_name = file.metadata().text("general.name")?.map(str::to_owned);
     let weights = network::read(&file.into_tensors(), &parsed, options, progress)?;
-    Ok(finish(name.or(inner_name), parsed, weights, tokenizer, progress))
+    let name = name.or(inner_name);
+    Ok(finish(name, parsed.llama, (weights, tokenizer), options.kv_type, progress))
 }
 
 fn finish(
     name: Option<String>,
-    parsed: ParsedConfig,
-    (weights, converted): (LlamaWeights, Vec<Converted>),
-    tokenizer: Tokenizer,
+    config: LlamaConfig,
+    ((weights, converted), tokenizer): ((LlamaWeights, Vec<Converted>), Tokenizer),
+    kv_type: KvType,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> LoadedModel {
-    let config = parsed.llama;
-    let digest = ModelDigest::compute(&config, &weights, &tokenizer, &mut |done, total| {
-        progress(LoadProgress { stage: LoadStage::Digest, done_bytes: done, total_bytes: total });
-    });
+    let digest =
+        ModelDigest::compute(&config, &weights, &tokenizer, kv_type, &mut |done, total| {
+            progress(LoadProgress {
+                stage: LoadStage::Digest,
+                done_bytes: done,
+                total_bytes: total,
+            });
+        });
     let name: String =
         name.unwrap_or_default().chars().filter(|c| !c.is_control()).take(MAX_NAME_CHARS).collect();
     let name = if name.is_empty() { UNNAMED.to_owned() } else { name };
-    LoadedModel { name, config, weights, converted, tokenizer, digest }
+    LoadedModel { name, config, weights, converted, tokenizer, kv_type, digest }
 }

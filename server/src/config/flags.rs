@@ -8,7 +8,7 @@ use clap::builder::BoolishValueParser;
 use slipstream_model::load::DEFAULT_MEMORY_BUDGET_BYTES;
 
 use super::units::{ByteCount, TimeSpan, TimeSpanOrOff};
-use super::{EdgeConfig, LogFormat, Quantize};
+use super::{EdgeConfig, KvPrecision, LogFormat, Quantize};
 use crate::engine::EngineConfig;
 use crate::net::settings::NetConfig;
 
@@ -81,6 +81,9 @@ pub struct ModelFlags {
     /// KV pool of the verifier as memory, for example 512MiB; excludes --kv-blocks
     #[arg(long, value_name = "SIZE", env = "SLIPSTREAM_KV_MEMORY")]
     pub kv_memory: Option<ByteCount>,
+    /// Keys and values in memory: single precision, or half of it in half the memory
+    #[arg(long, value_enum, default_value_t, env = "SLIPSTREAM_KV_TYPE")]
+    pub kv_type: KvPrecision,
     /// Tokens per proposal where clients leave it to the server; 0 never proposes
     #[arg(
         long,
@@ -131,6 +134,7 @@ impl Default for ModelFlags {
             load_memory: ByteCount(DEFAULT_MEMORY_BUDGET_BYTES),
             kv_blocks: None,
             kv_memory: None,
+            kv_type: KvPrecision::default(),
             draft_len: engine.draft_len_auto,
             max_running: engine.max_running,
             max_waiting: engine.max_waiting,

@@ -41,6 +41,16 @@ pub enum Quantize {
     Q4,
 }
 
+/// Type of keys and values in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum KvPrecision {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// 16-bit floats.
+    F16,
+}
+
 /// Form of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
@@ -92,6 +102,8 @@ pub struct ModelConfig {
     pub load_memory_bytes: u64,
     /// Size of the verifier's KV pool; the draft's has as many blocks.
     pub kv: KvSize,
+    /// Type of keys and values of both.
+    pub kv_type: KvPrecision,
 }
 
 /// Checked settings of a server. The listener comes separately.
@@ -280,6 +292,7 @@ fn models(flags: &ModelFlags) -> Result<ModelConfig, ConfigError> {
         draft_quantize: flags.draft_quantize,
         load_memory_bytes: check_bytes("load-memory", flags.load_memory)?,
         kv,
+        kv_type: flags.kv_type,
     })
 }
 

@@ -8,8 +8,8 @@ use slipstream_verifier::acceptance::FinalToken;
 use slipstream_verifier::verifier::Verdict;
 
 use super::event::{FinishReason, OutputToken, Provenance, SequenceFault};
-use super::scheduler::{PlannedRows, StepPlan};
-use super::step::StepReport;
+use super::scheduler::PlannedRows;
+use super::step::{StepReport, StepRoom};
 use super::{Engine, stop_rules};
 
 /// One token about to be committed.
@@ -22,18 +22,14 @@ struct Commit {
 
 impl Engine {
     /// Applies one verdict per planned sequence.
-    pub(super) fn commit(
-        &mut self,
-        plan: &StepPlan,
-        proposals: &[Option<Proposal>],
-        verdicts: Vec<Option<Verdict>>,
-    ) -> StepReport {
+    pub(super) fn commit(&mut self, room: &StepRoom) -> StepReport {
         let mut report = StepReport::default();
-        for ((rows, proposal), verdict) in plan.rows.iter().zip(proposals).zip(verdicts) {
-            let proposed_len = proposal.as_ref().map_or(0, |proposal| proposal.tokens.len());
+        for (rows, verdict) in room.plan.rows.iter().zip(room.verdicts.iter()) {
+            let proposal = room.proposals.of(rows.id);
+            let proposed_len = proposal.map_or(0, |proposal| proposal.tokens.len());
             report.num_rows += rows.chunk_len + proposed_len;
             report.num_committed += match verdict {
-                Some(verdict) => self.commit_verdict(rows, proposal.as_ref(), verdict),
+                Some(verdict) => self.commit_verdict(rows, proposal, verdict),
                 None => {
                     self.keep_computed(rows.id, rows.chunk_len);
                     0
@@ -49,10 +45,10 @@ impl Engine {
     fn commit_verdict(
         &mut self,
         rows: &PlannedRows,
-        proposal: Option<&Proposal>,
-        verdict: Verdict,
+        proposal: Option<Proposal<'_>>,
+        verdict: Verdict<'_>,
     ) -> usize {
-        let proposed: &[TokenId] = proposal.map_or(&[], |proposal| &proposal.tokens);
+        let proposed: &[TokenId] = proposal.map_or(&[], |proposal| proposal.tokens);
         let epoch = proposal.map(|proposal| proposal.epoch);
         self.keep_computed(rows.id, rows.chunk_len + verdict.accepted_len);
         let accepted = proposed[..verdict.accepted_len].iter();
@@ -96,12 +92,11 @@ impl Engine {
     /// Appends one token unless it ends the completion. Returns whether it was appended, and why
     /// the sequence ends if it does.
     fn commit_token(&mut self, id: SequenceId, commit: &Commit) -> (bool, Option<FinishReason>) {
-        let now = self.clock.now();
         let sequence = self.sequences.get_mut(&id).expect("plans name known sequences");
         if sequence.request.params.end_ids.contains(&commit.token) {
             return (false, Some(FinishReason::EndToken(commit.token)));
         }
-        sequence.first_token.get_or_insert(now);
+        sequence.first_token.get_or_insert_with(|| self.clock.now());
         sequence.tokens.push(commit.token);
         let token = OutputToken {
             id: commit.token,

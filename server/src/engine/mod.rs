@@ -35,6 +35,7 @@ use sequence::Sequence;
 pub use counters::{Counters, EngineSnapshot, FinishedBy, POSITIONS_MAX};
 pub use sequence::Phase;
 pub use step::StepReport;
+use step::StepRoom;
 
 /// Bounds and policy of an engine. None of them can change an output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +113,7 @@ pub struct Engine {
     /// event is taken.
     sequences: BTreeMap<SequenceId, Sequence>,
     counters: Counters,
+    room: StepRoom,
 }
 
 impl Engine {
@@ -129,6 +131,7 @@ impl Engine {
             blocks,
             sequences: BTreeMap::new(),
             counters: Counters::default(),
+            room: StepRoom::default(),
         }
     }
 

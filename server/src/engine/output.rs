@@ -39,7 +39,17 @@ pub(super) struct Output {
     finished: Option<Finished>,
 }
 
+/// Bytes of a token that room is made for: more than tokens of text have on average.
+const RESERVED_BYTES: usize = 8;
+
 impl Output {
+    /// Makes room for this many more tokens.
+    pub(super) fn reserve(&mut self, num_tokens: usize) {
+        self.tokens.reserve(num_tokens);
+        self.ends.reserve(num_tokens);
+        self.bytes.reserve(num_tokens * RESERVED_BYTES);
+    }
+
     /// Adds one token of the prefix that the client holds already: its bytes count for stop strings
     /// and its complete characters are not sent again.
     pub(super) fn push_prefix(&mut self, piece: &[u8], rules: StopRules<'_>) -> Option<StopMatch> {

@@ -8,19 +8,28 @@ use slipstream_draft::fault::DraftFault;
 use slipstream_draft::proposer::{ProposeWork, Proposer, TimeBudget};
 use slipstream_model::clock::Micros;
 use slipstream_model::ids::{DraftEpoch, SequenceId};
-use slipstream_model::proposal::Proposal;
+use slipstream_model::proposal::Proposals;
 
 /// What came of asking the draft in one step.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct ProposeOutcome {
-    /// Proposals that passed every check, at most one per sequence.
-    pub(super) proposals: Vec<Proposal>,
     /// Proposals dropped as nonsense.
     pub(super) num_dropped: u64,
     /// Whether the draft failed as a whole.
     pub(super) is_fault: bool,
     /// Whether this step put the draft into quarantine.
     pub(super) is_quarantined_now: bool,
+}
+
+/// What the draft is asked under.
+#[derive(Clone, Copy)]
+pub(super) struct ProposeTerms<'a> {
+    /// How long it may take.
+    pub(super) budget: TimeBudget<'a>,
+    /// Ids that the verifier knows.
+    pub(super) vocab_size: usize,
+    /// Consecutive faulty steps after which it is not asked any more.
+    pub(super) quarantine_after: usize,
 }
 
 /// The installed draft and its record of failures.
@@ -49,36 +58,38 @@ impl Draft {
         self.is_quarantined
     }
 
-    /// Asks for proposals. Whatever the draft does, the caller gets something safe.
+    /// Asks for proposals. Whatever the draft does, the caller gets something safe: `proposals` are
+    /// then those that passed every check, at most one per sequence.
     pub(super) fn propose(
         &mut self,
         work: &[ProposeWork<'_>],
-        budget: TimeBudget<'_>,
-        vocab_size: usize,
-        quarantine_after: usize,
+        terms: ProposeTerms<'_>,
+        proposals: &mut Proposals,
     ) -> ProposeOutcome {
+        let ProposeTerms { budget, vocab_size, quarantine_after } = terms;
         let mut outcome = ProposeOutcome::default();
+        proposals.clear();
         if work.is_empty() || !self.is_available() {
             return outcome;
         }
         let Some(proposer) = self.proposer.as_mut() else { return outcome };
         let begin = budget.clock.now();
         let mut epoch = DraftEpoch::default();
-        let mut raw = Vec::with_capacity(work.len());
         let asked = guard(|| {
             epoch = proposer.epoch();
-            proposer.propose(work, budget, &mut raw)
+            proposer.propose(work, budget, proposals)
         });
         match asked.and_then(|()| check_time(begin, budget)) {
             Ok(()) => {
-                raw.retain(|proposal| !proposal.tokens.is_empty()); // nothing to say is no offence
-                let num_raw = raw.len();
-                outcome.proposals = keep_sane(raw, work, epoch, vocab_size);
-                outcome.num_dropped = (num_raw - outcome.proposals.len()) as u64;
+                proposals.drop_empty(); // nothing to say is no offence
+                let num_raw = proposals.len();
+                keep_sane(proposals, work, epoch, vocab_size);
+                outcome.num_dropped = (num_raw - proposals.len()) as u64;
             }
             Err(fault) => {
                 tracing::warn!(%fault, %epoch, "the draft failed; this step decodes plainly");
                 outcome.is_fault = true;
+                proposals.clear();
                 if !matches!(fault, DraftFault::OverBudget { .. }) {
                     // Its KV may be half written: let it start afresh.
                     let reset = guard(|| {
@@ -141,23 +152,18 @@ fn guard(call: impl FnOnce() -> Result<(), DraftFault>) -> Result<(), DraftFault
     }
 }
 
-/// The proposals that are of this epoch, for a sequence that was asked for and only once, no longer
-/// than asked for, and made of vocabulary ids.
+/// Keeps the proposals that are of this epoch, for a sequence that was asked for and only once, no
+/// longer than asked for, and made of vocabulary ids.
 fn keep_sane(
-    raw: Vec<Proposal>,
+    proposals: &mut Proposals,
     work: &[ProposeWork<'_>],
     epoch: DraftEpoch,
     vocab_size: usize,
-) -> Vec<Proposal> {
-    let mut kept: Vec<Proposal> = Vec::with_capacity(raw.len());
-    for proposal in raw {
+) {
+    proposals.keep_first(|proposal| {
         let asked = work.iter().find(|item| item.sequence == proposal.sequence);
         let fits = asked.is_some_and(|item| proposal.tokens.len() <= item.draft_len);
-        let is_first = kept.iter().all(|other| other.sequence != proposal.sequence);
         let is_known = proposal.tokens.iter().all(|token| token.index() < vocab_size);
-        if fits && is_first && is_known && proposal.epoch == epoch {
-            kept.push(proposal);
-        }
-    }
-    kept
+        fits && is_known && proposal.epoch == epoch
+    });
 }

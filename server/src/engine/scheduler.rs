@@ -1,6 +1,6 @@
 //! Owns the choice of what a step computes: which sequences join, which give their blocks back, how
-//! many known tokens and how many proposed tokens each may run. Reads counts, returns a
-//! [`StepPlan`], changes nothing. First come, first served, in the order of sequence ids.
+//! many known tokens and how many proposed tokens each may run. Reads counts, writes a
+//! [`StepPlan`], changes nothing else. First come, first served, in the order of sequence ids.
 
 use slipstream_model::block_manager::BlockManager;
 use slipstream_model::ids::SequenceId;
@@ -28,6 +28,14 @@ pub(super) struct StepPlan {
     pub(super) admit: Vec<SequenceId>,
     /// Rows, at most one entry per sequence.
     pub(super) rows: Vec<PlannedRows>,
+}
+
+impl StepPlan {
+    fn clear(&mut self) {
+        self.preempt.clear();
+        self.admit.clear();
+        self.rows.clear();
+    }
 }
 
 /// What planning must know about a sequence, and what it has decided for it so far.
@@ -90,50 +98,69 @@ fn draft_len_wanted(config: &EngineConfig, sequence: &Sequence) -> usize {
     wanted.min(config.draft_len_max).min(sequence.remaining_len().saturating_sub(1))
 }
 
+/// What a plan depends on besides the sequences.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Circumstances<'a> {
+    pub(super) config: &'a EngineConfig,
+    /// Without a draft that can propose, nothing is set aside for proposals.
+    pub(super) can_propose: bool,
+    pub(super) blocks: &'a BlockManager,
+}
+
+/// Plans steps. Holds only scratch memory, reused from step to step.
+#[derive(Debug, Default)]
+pub(super) struct Scheduler {
+    running: Vec<Candidate>,
+    waiting: Vec<Candidate>,
+}
+
 /// The plan in the making.
 struct Planner<'a> {
     config: &'a EngineConfig,
     rows_left: usize,
     free_blocks: usize,
     /// Sequences that run in this step, oldest first. Preempted ones leave it at the end.
-    running: Vec<Candidate>,
-    preempt: Vec<SequenceId>,
-    admit: Vec<SequenceId>,
+    running: &'a mut Vec<Candidate>,
+    plan: &'a mut StepPlan,
 }
 
-/// Plans one step over `sequences`, given in id order. Without a draft that `can_propose`, nothing
-/// is set aside for proposals; neither is in a step that brings somebody's first token, which would
-/// have to wait for the others' draft.
-pub(super) fn plan<'a>(
-    config: &EngineConfig,
-    can_propose: bool,
-    sequences: impl Iterator<Item = &'a Sequence>,
-    blocks: &BlockManager,
-) -> StepPlan {
-    let mut running = Vec::new();
-    let mut waiting = Vec::new();
-    for sequence in sequences {
-        match sequence.phase {
-            Phase::Running => running.push(Candidate::new(config, sequence)),
-            Phase::Waiting | Phase::Preempted => waiting.push(Candidate::new(config, sequence)),
-            Phase::Finished(_) => {}
+impl Scheduler {
+    /// Plans one step over `sequences`, given in id order, into `plan`. Nothing is set aside for
+    /// proposals in a step that brings somebody's first token, which would have to wait for the
+    /// others' draft.
+    pub(super) fn plan<'a>(
+        &mut self,
+        circumstances: Circumstances<'_>,
+        sequences: impl Iterator<Item = &'a Sequence>,
+        plan: &mut StepPlan,
+    ) {
+        let Circumstances { config, can_propose, blocks } = circumstances;
+        plan.clear();
+        self.running.clear();
+        self.waiting.clear();
+        for sequence in sequences {
+            let list = match sequence.phase {
+                Phase::Running => &mut self.running,
+                Phase::Waiting | Phase::Preempted => &mut self.waiting,
+                Phase::Finished(_) => continue,
+            };
+            list.push(Candidate::new(config, sequence));
         }
+        let mut planner = Planner {
+            config,
+            rows_left: config.step_tokens_max,
+            free_blocks: blocks.num_free(),
+            running: &mut self.running,
+            plan,
+        };
+        planner.plan_decode_rows();
+        planner.plan_chunks();
+        planner.admit(&self.waiting);
+        if can_propose && !planner.brings_a_first_token() {
+            planner.plan_proposals();
+        }
+        planner.finish();
     }
-    let mut planner = Planner {
-        config,
-        rows_left: config.step_tokens_max,
-        free_blocks: blocks.num_free(),
-        running,
-        preempt: Vec::new(),
-        admit: Vec::new(),
-    };
-    planner.plan_decode_rows();
-    planner.plan_chunks();
-    planner.admit(waiting);
-    if can_propose && !planner.brings_a_first_token() {
-        planner.plan_proposals();
-    }
-    planner.finish()
 }
 
 impl Planner<'_> {
@@ -184,22 +211,24 @@ impl Planner<'_> {
         // What this very plan gave to it comes back too.
         self.free_blocks += victim.num_blocks;
         self.rows_left += victim.chunk_len;
-        self.preempt.push(victim.id);
+        self.plan.preempt.push(victim.id);
     }
 
     /// Lets waiting sequences in, oldest first, while rows, seats and blocks for all their known
     /// tokens and the next one are free. The first that does not fit stops the line.
-    fn admit(&mut self, waiting: Vec<Candidate>) {
-        if !self.preempt.is_empty() || self.running.iter().any(|running| running.chunk_len == 0) {
+    fn admit(&mut self, waiting: &[Candidate]) {
+        if !self.plan.preempt.is_empty()
+            || self.running.iter().any(|running| running.chunk_len == 0)
+        {
             return; // blocks are short: nobody joins while somebody older has to wait for them
         }
-        for candidate in waiting {
+        for &candidate in waiting {
             let has_seat = self.running.len() < self.config.max_running;
             let has_blocks = candidate.blocks_for(candidate.tokens_len + 1) <= self.free_blocks;
             if !has_seat || !has_blocks || self.rows_left == 0 {
                 return;
             }
-            self.admit.push(candidate.id);
+            self.plan.admit.push(candidate.id);
             self.running.push(candidate);
             let chunk_len = candidate.pending_len().min(self.rows_left);
             self.plan_rows(self.running.len() - 1, chunk_len);
@@ -215,7 +244,7 @@ impl Planner<'_> {
     /// in turn. Proposals never preempt, and never take rows from known tokens.
     fn plan_proposals(&mut self) {
         for depth in 0..self.config.draft_len_max {
-            for candidate in &mut self.running {
+            for candidate in self.running.iter_mut() {
                 let wants = depth < candidate.draft_len_wanted && candidate.draft_len == depth;
                 if !wants || !candidate.reaches_end() || self.rows_left == 0 {
                     continue;
@@ -231,13 +260,12 @@ impl Planner<'_> {
         }
     }
 
-    fn finish(self) -> StepPlan {
+    fn finish(self) {
         let planned = self.running.iter().filter(|candidate| candidate.chunk_len > 0);
-        let rows = planned.map(|candidate| PlannedRows {
+        self.plan.rows.extend(planned.map(|candidate| PlannedRows {
             id: candidate.id,
             chunk_len: candidate.chunk_len,
             draft_len: candidate.draft_len,
-        });
-        StepPlan { rows: rows.collect(), preempt: self.preempt, admit: self.admit }
+        }));
     }
 }

@@ -23,6 +23,10 @@ pub enum Phase {
     Finished(FinishReason),
 }
 
+/// Output tokens that a running sequence has room for at once, so that a step rarely makes its
+/// lists grow. Longer ones grow by doubling.
+const RESERVED_TOKENS_MAX: usize = 2048;
+
 /// The engine's mutable record of one request.
 #[derive(Debug)]
 pub(super) struct Sequence {
@@ -58,6 +62,16 @@ impl Sequence {
             first_planned: None,
             first_token: None,
         }
+    }
+
+    /// Makes room for what the coming steps will add, within reason.
+    pub(super) fn reserve(&mut self, draft_len_max: usize) {
+        let len = self.remaining_len().min(RESERVED_TOKENS_MAX);
+        self.tokens.reserve(len);
+        self.blocks.reserve(self.request.max_len());
+        self.output.reserve(len);
+        self.speculation.proposed_by_position.reserve(draft_len_max);
+        self.speculation.accepted_by_position.reserve(draft_len_max);
     }
 
     /// Output tokens known so far, the client's prefix included.

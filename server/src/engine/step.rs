@@ -4,12 +4,14 @@
 
 use slipstream_draft::proposer::{ProposeWork, TimeBudget};
 use slipstream_model::clock::Micros;
-use slipstream_model::proposal::Proposal;
-use slipstream_verifier::verifier::{Verdict, VerifyWork};
+use slipstream_model::forward::ForwardError;
+use slipstream_model::proposal::Proposals;
+use slipstream_verifier::verifier::{Verdicts, VerifyWork};
 
 use super::Engine;
 use super::event::{FinishReason, SequenceFault};
-use super::scheduler::{self, StepPlan};
+use super::proposing::ProposeTerms;
+use super::scheduler::{Circumstances, Scheduler, StepPlan};
 use super::sequence::Phase;
 
 /// What a step did.
@@ -21,23 +23,50 @@ pub struct StepReport {
     pub num_committed: usize,
 }
 
+/// What the stages of a step hand on to each other. Kept from step to step, so that a step of the
+/// same sequences allocates nothing.
+#[derive(Default)]
+pub(super) struct StepRoom {
+    scheduler: Scheduler,
+    pub(super) plan: StepPlan,
+    /// Empty between steps: the items borrow from the sequences.
+    propose_work: Vec<ProposeWork<'static>>,
+    pub(super) proposals: Proposals,
+    pub(super) verdicts: Verdicts,
+}
+
 impl Engine {
     /// Runs one step. Does nothing when no sequence needs one.
     pub fn step(&mut self) -> StepReport {
+        let mut room = std::mem::take(&mut self.room);
+        let report = self.step_in(&mut room);
+        self.room = room;
+        report
+    }
+
+    fn step_in(&mut self, room: &mut StepRoom) -> StepReport {
         let now = self.clock.now();
         self.expire(now);
-        let can_propose = self.draft.is_available();
-        let sequences = self.sequences.values();
-        let plan = scheduler::plan(&self.config, can_propose, sequences, &self.blocks);
-        self.apply(&plan, now);
-        if plan.rows.is_empty() {
+        self.plan(room);
+        self.apply(&room.plan, now);
+        if room.plan.rows.is_empty() {
             return StepReport::default();
         }
-        let proposals = self.propose(&plan);
-        let Some(verdicts) = self.verify(&plan, &proposals) else {
-            return StepReport::default();
+        self.propose(room);
+        match self.verify(room) {
+            Ok(()) => self.commit(room),
+            Err(error) => self.fail(&room.plan, &error),
+        }
+    }
+
+    /// Chooses what to compute.
+    fn plan(&self, room: &mut StepRoom) {
+        let circumstances = Circumstances {
+            config: &self.config,
+            can_propose: self.draft.is_available(),
+            blocks: &self.blocks,
         };
-        self.commit(&plan, &proposals, verdicts)
+        room.scheduler.plan(circumstances, self.sequences.values(), &mut room.plan);
     }
 
     /// Ends the sequences whose deadline has passed.
@@ -63,6 +92,7 @@ impl Engine {
         for id in &plan.admit {
             let sequence = self.sequences.get_mut(id).expect("plans name known sequences");
             sequence.advance(Phase::Running);
+            sequence.reserve(self.config.draft_len_max);
         }
         for rows in &plan.rows {
             let sequence = self.sequences.get_mut(&rows.id).expect("plans name known sequences");
@@ -73,74 +103,71 @@ impl Engine {
         }
     }
 
-    /// Lets the draft guess. The answer has one entry per planned sequence, in order.
-    fn propose(&mut self, plan: &StepPlan) -> Vec<Option<Proposal>> {
-        let wanting = plan.rows.iter().filter(|rows| rows.draft_len > 0);
-        let work: Vec<ProposeWork<'_>> = wanting
-            .map(|rows| {
-                let sequence = &self.sequences[&rows.id];
-                ProposeWork {
-                    sequence: rows.id,
-                    history: &sequence.tokens,
-                    prompt_len: sequence.request.prompt.len(),
-                    params: &sequence.request.params,
-                    draft_len: rows.draft_len,
-                }
-            })
-            .collect();
+    /// Lets the draft guess.
+    fn propose(&mut self, room: &mut StepRoom) {
+        let mut work = reuse(std::mem::take(&mut room.propose_work));
+        let wanting = room.plan.rows.iter().filter(|rows| rows.draft_len > 0);
+        work.extend(wanting.map(|rows| {
+            let sequence = &self.sequences[&rows.id];
+            ProposeWork {
+                sequence: rows.id,
+                history: &sequence.tokens,
+                prompt_len: sequence.request.prompt.len(),
+                params: &sequence.request.params,
+                draft_len: rows.draft_len,
+            }
+        }));
         let clock = self.clock.as_ref();
         let deadline = clock.now().plus(self.config.propose_budget);
-        let budget = TimeBudget { clock, deadline };
-        let vocab_size = self.verifier.limits().vocab_size;
-        let quarantine_after = self.config.quarantine_after;
-        let mut outcome = self.draft.propose(&work, budget, vocab_size, quarantine_after);
+        let terms = ProposeTerms {
+            budget: TimeBudget { clock, deadline },
+            vocab_size: self.verifier.limits().vocab_size,
+            quarantine_after: self.config.quarantine_after,
+        };
+        let outcome = self.draft.propose(&work, terms, &mut room.proposals);
+        room.propose_work = reuse(work);
         self.counters.draft_faults += u64::from(outcome.is_fault);
         self.counters.dropped_proposals += outcome.num_dropped;
         self.counters.quarantines += u64::from(outcome.is_quarantined_now);
-        let mut take = |id| {
-            let found = outcome.proposals.iter().position(|proposal| proposal.sequence == id);
-            found.map(|index| outcome.proposals.swap_remove(index))
-        };
-        plan.rows.iter().map(|rows| take(rows.id)).collect()
     }
 
-    /// Lets the target decide. A failure ends every sequence of the batch, and only those.
-    fn verify(
-        &mut self,
-        plan: &StepPlan,
-        proposals: &[Option<Proposal>],
-    ) -> Option<Vec<Option<Verdict>>> {
-        let planned = plan.rows.iter().zip(proposals);
-        let work: Vec<VerifyWork<'_>> = planned
-            .map(|(rows, proposal)| {
-                let sequence = &self.sequences[&rows.id];
-                VerifyWork {
-                    sequence: rows.id,
-                    history: &sequence.tokens,
-                    prompt_len: sequence.request.prompt.len(),
-                    computed_len: sequence.computed_len,
-                    chunk_len: rows.chunk_len,
-                    proposal: proposal.as_ref().map_or(&[], |proposal| &proposal.tokens),
-                    block_table: sequence.blocks.blocks(),
-                    params: &sequence.request.params,
-                    logprobs: sequence.request.logprobs,
-                }
-            })
-            .collect();
-        let mut verdicts = Vec::with_capacity(work.len());
-        self.counters.steps += 1;
-        self.counters.rows +=
-            work.iter().map(|item| (item.chunk_len + item.proposal.len()) as u64).sum::<u64>();
-        match self.verifier.verify(&work, &mut verdicts) {
-            Ok(()) => Some(verdicts),
-            Err(error) => {
-                tracing::error!(%error, sequences = plan.rows.len(), "the verifier failed");
-                self.counters.verifier_failures += 1;
-                for rows in &plan.rows {
-                    self.finish(rows.id, FinishReason::Fault(SequenceFault::VerifierFailed));
-                }
-                None
+    /// Lets the target decide.
+    fn verify(&mut self, room: &mut StepRoom) -> Result<(), ForwardError> {
+        let (sequences, proposals) = (&self.sequences, &room.proposals);
+        let work = room.plan.rows.iter().map(|rows| {
+            let sequence = &sequences[&rows.id];
+            VerifyWork {
+                sequence: rows.id,
+                history: &sequence.tokens,
+                prompt_len: sequence.request.prompt.len(),
+                computed_len: sequence.computed_len,
+                chunk_len: rows.chunk_len,
+                proposal: proposals.of(rows.id).map_or(&[], |proposal| proposal.tokens),
+                block_table: sequence.blocks.blocks(),
+                params: &sequence.request.params,
+                logprobs: sequence.request.logprobs,
             }
-        }
+        });
+        self.counters.steps += 1;
+        let num_rows = work.clone().map(|item| item.chunk_len + item.proposal.len());
+        self.counters.rows += num_rows.sum::<usize>() as u64;
+        self.verifier.verify(work, &mut room.verdicts)
     }
+
+    /// A failure of the verifier ends every sequence of the batch, and only those.
+    fn fail(&mut self, plan: &StepPlan, error: &ForwardError) -> StepReport {
+        tracing::error!(%error, sequences = plan.rows.len(), "the verifier failed");
+        self.counters.verifier_failures += 1;
+        for rows in &plan.rows {
+            self.finish(rows.id, FinishReason::Fault(SequenceFault::VerifierFailed));
+        }
+        StepReport::default()
+    }
+}
+
+/// Empties a list and gives its memory to items that may borrow from elsewhere. Collecting from a
+/// vector in place keeps its memory; `tests/allocations.rs` would see it if it did not.
+fn reuse<'a>(mut work: Vec<ProposeWork<'_>>) -> Vec<ProposeWork<'a>> {
+    work.clear();
+    work.into_iter().map(|_| unreachable!("the list was emptied")).collect()
 }
