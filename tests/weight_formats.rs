@@ -165,6 +165,41 @@ fn every_type_loads_in_every_format() {
     }
 }
 
+/// Blocks whose byte `i` is `73 i + 41`, but for their half-precision numbers, as the `gguf` package
+/// of llama.cpp reads them: type, where those numbers (0.25, then 0.125) are, some weights, and the
+/// sum of all weights times their place, counted from 1.
+type KnownBlock = (u32, &'static [usize], [(usize, f32); 3], f64);
+const KNOWN_BLOCKS: [KnownBlock; 8] = [
+    (TYPE_Q4_0, &[0], [(0, 0.75), (16, 0.75), (31, -2.0)], -199.75),
+    (3, &[0, 2], [(1, 1.625), (16, 1.125), (31, 2.375)], 932.5),
+    (6, &[0], [(1, 2.0), (16, 3.25), (31, 0.5)], -296.25),
+    (7, &[0, 2], [(15, 6.125), (16, 5.875), (31, 2.875)], 2078.0),
+    (TYPE_Q8_0, &[0], [(0, -17.25), (16, 18.75), (31, -27.5)], -172.0),
+    (TYPE_Q4_K, &[0, 2], [(0, 23.125), (33, -7.25), (130, 54.625)], 1_842_342.0),
+    (13, &[0, 2], [(0, 75.125), (33, 91.75), (255, -2.875)], 3_726_126.0),
+    (14, &[208], [(0, 40.25), (95, -688.0), (255, 72.0)], -407_032.0),
+];
+
+#[test]
+fn blocks_mean_what_they_mean_to_llama_cpp() {
+    for (code, halves, wanted, sum) in KNOWN_BLOCKS {
+        let (_, dtype, stored, _) = TYPES.into_iter().find(|known| known.0 == code).unwrap();
+        let (mut file, _) = network(code, dtype);
+        let block = &mut file.tensor_mut(UP).bytes[..dtype.type_size()];
+        block.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i * 73 + 41) as u8);
+        for (at, half) in halves.iter().zip([0.25, 0.125]) {
+            block[*at..at + 2].copy_from_slice(&f16::from_f32(half).to_le_bytes());
+        }
+        let model = load_bytes(&file.build(), Some(WeightFormat::F32)).unwrap();
+        let weights = widen(&model.weights.layers[0].up.data);
+        let found = wanted.map(|(index, _)| (index, weights[index]));
+        assert_eq!(found, wanted, "{stored}");
+        let terms = weights[..dtype.block_size()].iter().zip(1..);
+        let found: f64 = terms.map(|(x, place)| f64::from(*x) * f64::from(place)).sum();
+        assert_eq!(found, sum, "{stored}");
+    }
+}
+
 #[test]
 fn rows_of_queries_and_keys_are_untangled_in_every_format() {
     for (code, dtype, stored, held) in TYPES {
