@@ -30,3 +30,4 @@ pub mod token_bytes;
 pub mod tokenizer;
 pub mod transformer;
 pub mod weights;
+pub mod write;

@@ -14,6 +14,7 @@ mod network;
 mod quantize;
 mod safetensors;
 mod tokenizer_json;
+mod tokenizer_keys;
 
 use std::fs::File;
 use std::io::Read;
@@ -25,7 +26,9 @@ pub use quantize::{Q8Blocks, dequantize_q8_0, quantize_q8_0};
 use self::gguf::GgufFile;
 use self::limits::{MAX_CONFIG_JSON_BYTES, MAX_TOKENIZER_JSON_BYTES};
 use self::network::TensorFile;
+pub(crate) use self::network::{Role, slots};
 use self::safetensors::SafetensorsFile;
+pub use self::tokenizer_keys::tokenizer_keys;
 use crate::config::LlamaConfig;
 use crate::digest::ModelDigest;
 use crate::error;
