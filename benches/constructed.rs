@@ -91,8 +91,9 @@ fn main() -> anyhow::Result<()> {
     };
     let verifier = model(&args.verifier, Shape::TinyLlama, "verifier.gguf")?;
     let draft = model(&args.draft, Shape::Llama68M, "draft.gguf")?;
-    let mut options = PairOptions::default();
-    options.threads = args.threads.unwrap_or(options.threads);
+    let default = PairOptions::default();
+    let threads = args.threads.unwrap_or(default.threads);
+    let mut options = PairOptions { threads, ..default };
     let pair = Pair::load(&verifier, &draft, &options)?;
     drop(folder);
     let prompts = pair.prompts(&PROMPTS)?;

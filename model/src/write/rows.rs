@@ -67,9 +67,9 @@ impl RandomRows {
                     out.extend(f16::from_f32(deviation / Q4_0_DEVIATION).to_le_bytes());
                     // Weight j is in the low half of byte j, weight j + 16 in the high half.
                     let (low, high) = block.split_at(Q8_0_BLOCK_LEN / 2);
-                    let nibble = |byte: u8| 1 + (u16::from(byte) * 15 >> 8) as u8;
+                    let nibble = |byte: u8| 1 + ((u16::from(byte) * 15) >> 8) as u8;
                     let pairs = low.iter().zip(high);
-                    out.extend(pairs.map(|(low, high)| nibble(*low) | nibble(*high) << 4));
+                    out.extend(pairs.map(|(low, high)| nibble(*low) | (nibble(*high) << 4)));
                 }
             }
         }
