@@ -26,6 +26,10 @@ sim seeds="10000":
 bench:
     cargo bench -p slipstream-benches --bench single_stream
 
+# plain beside drafts that agree never, half the time and always, at the cost of real networks
+bench-constructed:
+    cargo bench -p slipstream-benches --bench constructed
+
 # cost of the wire: the same load in-process and over gRPC
 bench-wire:
     cargo bench -p slipstream-benches --bench wire

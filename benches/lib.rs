@@ -1,6 +1,10 @@
 //! What the benches share. A bench prints the plain figure beside every speculative one, compares
 //! within one run, and gives medians and spans: see `README.md` here.
 
+pub mod checkpoint;
+pub mod constructed_draft;
+pub mod drive;
+pub mod pair;
 pub mod random_model;
 pub mod stats;
 pub mod wire_table;

@@ -11,15 +11,14 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use clap::Parser;
+use slipstream_benches::drive::{Asked, Completion, Driver};
 use slipstream_benches::stats::Spread;
 use slipstream_benches::{PROMPTS, label};
 use slipstream_model::clock::{Clock, MonotonicClock};
-use slipstream_model::ids::{SequenceId, TokenId};
-use slipstream_model::sampling::SamplingParams;
+use slipstream_model::ids::TokenId;
 use slipstream_server::config::{Config, EdgeConfig, ModelFlags};
-use slipstream_server::engine::Engine;
-use slipstream_server::engine::event::{Event, Finished};
-use slipstream_server::engine::request::{Request, Speculation};
+use slipstream_server::engine::event::Finished;
+use slipstream_server::engine::request::Speculation;
 use slipstream_server::startup::assemble;
 
 /// Bytes of a MiB.
@@ -57,11 +56,9 @@ struct Measured {
 
 /// An engine and what is needed to feed it.
 struct Bench {
-    engine: Engine,
-    clock: Arc<dyn Clock>,
+    driver: Driver,
     prompts: Vec<Vec<TokenId>>,
     tokens: usize,
-    next_id: u64,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -73,8 +70,8 @@ fn main() -> anyhow::Result<()> {
     let encode = |text: &&str| tokenizer.encode(text, true).context("tokenising a prompt");
     let prompts = PROMPTS.iter().map(encode).collect::<anyhow::Result<_>>()?;
     let sizes = assembly.sizes().to_vec();
-    let engine = assembly.engine;
-    let mut bench = Bench { engine, clock, prompts, tokens: args.tokens, next_id: 0 };
+    let driver = Driver::new(assembly.engine, clock);
+    let mut bench = Bench { driver, prompts, tokens: args.tokens };
     let mut out = std::io::stdout().lock();
     for (role, size) in ["verifier", "draft"].into_iter().zip(&sizes) {
         let (millions, mib) = (size.num_weights as f64 / 1e6, size.weight_bytes as f64 / MIB);
@@ -109,11 +106,12 @@ impl Bench {
                 let mut decode_s = 0.0;
                 let mut decoded = 0;
                 for (index, expected) in expected.iter_mut().enumerate() {
-                    let (ids, finished) = self.complete(index, temperature, *setting)?;
+                    let completion = self.complete(index, temperature, *setting)?;
+                    decode_s += completion.decode_s()?;
+                    let Completion { ids, finished } = completion;
                     let expected = expected.get_or_insert_with(|| ids.clone());
                     ensure!(*expected == ids, "{setting:?} changed the output of prompt {index}");
                     let first = finished.timings.first_token.context("no token came")?;
-                    decode_s += finished.timings.total.since(first).as_millis_f64() / 1000.0;
                     decoded += ids.len() - 1;
                     if round > 0 {
                         measured.add(&finished, first.as_millis_f64());
@@ -133,32 +131,10 @@ impl Bench {
         prompt: usize,
         temperature: f64,
         speculation: Speculation,
-    ) -> anyhow::Result<(Vec<TokenId>, Finished)> {
-        let id = SequenceId(self.next_id);
-        self.next_id += 1;
-        let params = SamplingParams { temperature, seed: 7, ..SamplingParams::greedy() };
-        let request = Request {
-            prompt: self.prompts[prompt].clone(),
-            output_prefix: Vec::new(),
-            params,
-            stop_strings: Vec::new(),
-            max_tokens: self.tokens,
-            logprobs: false,
-            speculation,
-            arrival: self.clock.now(),
-            deadline: None,
-        };
-        self.engine.submit(id, request)?;
-        let mut ids = Vec::new();
-        loop {
-            self.engine.step();
-            while let Some(event) = self.engine.take_event(id) {
-                match event {
-                    Event::Tokens(tokens) => ids.extend(tokens.tokens.iter().map(|t| t.id)),
-                    Event::Finished(finished) => return Ok((ids, finished)),
-                }
-            }
-        }
+    ) -> anyhow::Result<Completion> {
+        let (prompt, num_tokens) = (self.prompts[prompt].clone(), self.tokens);
+        let asked = Asked { prompt, num_tokens, temperature, speculation };
+        self.driver.run(&[asked])?.pop().context("it ended without an answer")
     }
 }
 

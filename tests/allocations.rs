@@ -12,6 +12,7 @@ use slipstream_model::clock::{Micros, MonotonicClock};
 use slipstream_model::forward::{Forward, ForwardError, ForwardLimits, Logits};
 use slipstream_model::ids::{DraftEpoch, SequenceId, TokenId};
 use slipstream_model::kernels::Isa;
+use slipstream_model::kv_pool::KvType;
 use slipstream_model::load::{LoadOptions, LoadedModel, ModelSource, load};
 use slipstream_model::packed::PackedLlama;
 use slipstream_model::sampling::SamplingParams;
@@ -55,7 +56,12 @@ fn read(path: &str) -> LoadedModel {
 /// The network of a loaded model.
 fn network(model: LoadedModel) -> Box<Network> {
     let packed = Arc::new(PackedLlama::pack(model.config, model.weights).unwrap());
-    let options = TransformerOptions { num_blocks: 256, threads: 1, isa: Isa::detect() };
+    let options = TransformerOptions {
+        num_blocks: 256,
+        threads: 1,
+        isa: Isa::detect(),
+        kv_type: KvType::F32,
+    };
     Box::new(Network(Transformer::new(packed, options).unwrap()))
 }
 

@@ -21,6 +21,7 @@ mod error_details;
 mod exactness;
 mod floods;
 mod golden;
+mod grow;
 mod grpc;
 mod grpc_exactness;
 mod grpc_lifecycle;

@@ -53,7 +53,7 @@ pub struct Attention<'a> {
     pub layer: usize,
     /// The batch, for its segments and block tables.
     pub batch: &'a RaggedBatch,
-    /// Places of the rows that attend, `[rows]`, in the batch's order; not all of its rows need to.
+    /// Places of the rows to compute, `[rows]`: all of the batch, or those that are still wanted.
     pub places: &'a [RowPlace],
     /// Rotated queries, `[rows, num_heads, head_dim]`.
     pub queries: &'a [f32],
@@ -143,21 +143,19 @@ impl Attention<'_> {
             group_len: self.group_len,
             num_kv_heads,
         };
-        let shared = Shared { work, places: self.places, scratch };
-        shared.run(team, out);
+        Shared { work, scratch }.run(team, out);
     }
 }
 
 /// One run: the work and the room for it.
 struct Shared<'a> {
     work: Work<'a>,
-    places: &'a [RowPlace],
     scratch: &'a mut AttentionScratch,
 }
 
 impl Shared<'_> {
     fn run(self, team: &mut Team, out: &mut [f32]) {
-        let Self { work, places, scratch } = self;
+        let Self { work, scratch } = self;
         let AttentionScratch { plan, rooms, totals, partials, .. } = scratch;
         let num_threads = team.num_threads();
         if rooms.len() < num_threads {
@@ -191,11 +189,10 @@ impl Shared<'_> {
             }
         }
         let totals = &*totals;
-        let row_floats = out.len() / places.len();
+        let row_floats = work.num_kv_heads * work.group_len * work.head_dim;
         let write_row = |row: usize, out: &mut [f32]| {
-            let place = places[row];
             for (kv_head, out) in out.chunks_exact_mut(work.head_dim * work.group_len).enumerate() {
-                let (tile, row) = plan.find(place, kv_head);
+                let (tile, row) = plan.find(row, kv_head);
                 let total = &totals[tile * record_len..][..record_len];
                 write_total(&work, row, total, out);
             }

@@ -26,8 +26,8 @@ const SHORT_LEN: usize = 16;
 pub struct ModelDigest([u8; 32]);
 
 impl ModelDigest {
-    /// Hashes a model that runs with this type of keys and values. `progress` is told bytes done and
-    /// bytes in all.
+    /// Hashes a model that runs with this type of keys and values. `progress` is told bytes done
+    /// and bytes in all.
     #[must_use]
     pub fn compute(
         config: &LlamaConfig,

@@ -33,3 +33,4 @@ pub mod tokenizer;
 pub mod transformer;
 pub mod tuning;
 pub mod weights;
+pub mod write;

@@ -8,7 +8,8 @@ use crate::config::{LlamaConfig, RopeScaling};
 #[derive(Debug)]
 pub struct RopeTable {
     half_len: usize,
-    /// Cosines, `[context, head_dim / 2]`. Apart from the sines, so that vectors of both load whole.
+    /// Cosines, `[context, head_dim / 2]`. Apart from the sines, so that vectors of both load
+    /// whole.
     cos: Vec<f32>,
     /// Sines, `[context, head_dim / 2]`.
     sin: Vec<f32>,

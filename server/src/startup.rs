@@ -22,7 +22,10 @@ use slipstream_model::transformer::{Transformer, TransformerOptions};
 use slipstream_model::weights::LlamaWeights;
 
 use crate::backend::Backend;
-use crate::config::{Config, KvPrecision, KvSize, ModelChoice, ModelConfig, Quantize};
+use crate::config::{
+    Config, ConfigError, EdgeConfig, KvPrecision, KvSize, ModelChoice, ModelConfig, ModelFlags,
+    Quantize,
+};
 use crate::embedded;
 use crate::engine::runner::{self, EngineThread};
 use crate::engine::{Engine, EngineParts};
@@ -275,14 +278,9 @@ fn load_model(
     choice: &ModelChoice,
     config: &ModelConfig,
 ) -> Result<LoadedModel, StartupError> {
-    let (source, from) = match choice {
-        ModelChoice::Path(path) => (ModelSource::Path(path.clone()), path.display().to_string()),
-        ModelChoice::Embedded => {
-            let bytes = if role == DRAFT { embedded::DRAFT } else { embedded::VERIFIER };
-            (ModelSource::GgufBytes(bytes), "this binary".to_owned())
-        }
-    };
     let quantize = if role == DRAFT { config.draft_quantize } else { config.quantize };
+    let bytes = if role == DRAFT { embedded::DRAFT } else { embedded::VERIFIER };
+    let (source, from) = source_of(choice, bytes);
     let options = LoadOptions {
         context_limit: config.context_limit,
         format: match quantize {
@@ -304,6 +302,23 @@ fn load_model(
         .map_err(|source| StartupError::Load { role, flag, from, source })?;
     log_loaded(role, &model, begun.elapsed());
     Ok(model)
+}
+
+/// Where the model of `choice` is read from, and what messages call it.
+fn source_of(choice: &ModelChoice, embedded: &'static [u8]) -> (ModelSource, String) {
+    match choice {
+        ModelChoice::Path(path) => (ModelSource::Path(path.clone()), path.display().to_string()),
+        ModelChoice::Embedded => (ModelSource::GgufBytes(embedded), "this binary".to_owned()),
+    }
+}
+
+/// Where the verifier of these flags is read from, and what messages call it.
+///
+/// # Errors
+/// [`ConfigError`] for flags that cannot be used.
+pub(crate) fn model_source(flags: &ModelFlags) -> Result<(ModelSource, String), ConfigError> {
+    let config = Config::new(flags, EdgeConfig::default())?;
+    Ok(source_of(&config.models.verifier, embedded::VERIFIER))
 }
 
 /// Tells the log how far loading is, now and then.

@@ -19,7 +19,7 @@ pub(super) struct Tile {
     pub(super) segment: usize,
     /// The key/value head.
     pub(super) kv_head: usize,
-    /// Its first row within the rows that attend.
+    /// Its first row among those to compute.
     pub(super) first_row: usize,
     /// Rows.
     pub(super) num_rows: usize,
@@ -63,13 +63,13 @@ pub(super) struct Piece {
     pub(super) split: usize,
 }
 
-/// How the rows of a segment are cut.
-#[derive(Clone, Copy, Debug, Default)]
-struct SegmentTiles {
-    /// Position of its first row that attends.
-    start: usize,
+/// How consecutive rows of one segment are cut.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    /// Its first row among those to compute.
+    first_row: usize,
     /// Number of its first tile.
-    first: usize,
+    first_tile: usize,
     /// Tiles per key/value head.
     num: usize,
     /// Rows of all tiles but the last one.
@@ -79,9 +79,9 @@ struct SegmentTiles {
 /// All tiles of a step. Reused from step to step.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
-    /// By segment, key/value head, rows: neighbours read the same keys and values.
+    /// By run, key/value head, rows: neighbours read the same keys and values.
     tiles: Vec<Tile>,
-    segments: Vec<SegmentTiles>,
+    runs: Vec<Run>,
     pieces: Vec<Piece>,
     queries_max: usize,
     /// Positions that queries see, added up.
@@ -91,40 +91,49 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Cuts rows into tiles. Rows of a segment follow each other in order of position; segments
-    /// may be left out.
+    /// Cuts rows into tiles.
     pub(super) fn make(&mut self, places: &[RowPlace], num_kv_heads: usize, group_len: usize) {
-        let Self { tiles, segments, pieces, queries_max, cost, tile_cost_max } = self;
-        (tiles.clear(), segments.clear(), pieces.clear());
-        (*queries_max, *cost, *tile_cost_max) = (0, 0, 0);
-        let rows_max = (TILE_QUERIES / group_len).clamp(*TILE_ROWS.start(), *TILE_ROWS.end());
+        self.tiles.clear();
+        self.runs.clear();
+        self.pieces.clear();
+        (self.queries_max, self.cost, self.tile_cost_max) = (0, 0, 0);
         let mut first_row = 0;
-        for part in places.chunk_by(|a, b| a.segment == b.segment) {
-            let RowPlace { segment, position: start } = part[0];
-            let num_rows = part.len();
-            let num = num_rows.div_ceil(rows_max);
-            let rows = num_rows.div_ceil(num);
-            let num = num_rows.div_ceil(rows);
-            segments.resize(segment, SegmentTiles::default());
-            segments.push(SegmentTiles { start, first: tiles.len(), num, rows });
-            *queries_max = (*queries_max).max(rows * group_len);
-            for kv_head in 0..num_kv_heads {
-                for row in (0..num_rows).step_by(rows) {
-                    let tile = Tile {
-                        segment,
-                        kv_head,
-                        first_row: first_row + row,
-                        num_rows: rows.min(num_rows - row),
-                        start: start + row,
-                        first_piece: 0,
-                    };
-                    let tile_cost = tile.cost() * group_len;
-                    *cost += tile_cost;
-                    *tile_cost_max = (*tile_cost_max).max(tile_cost);
-                    tiles.push(tile);
-                }
+        let follows =
+            |a: &RowPlace, b: &RowPlace| a.segment == b.segment && a.position + 1 == b.position;
+        for run in places.chunk_by(follows) {
+            self.add_run(run, first_row, (num_kv_heads, group_len));
+            first_row += run.len();
+        }
+    }
+
+    fn add_run(
+        &mut self,
+        run: &[RowPlace],
+        first_row: usize,
+        (num_kv_heads, group_len): (usize, usize),
+    ) {
+        let rows_max = (TILE_QUERIES / group_len).clamp(*TILE_ROWS.start(), *TILE_ROWS.end());
+        let num_rows = run.len();
+        let rows = num_rows.div_ceil(num_rows.div_ceil(rows_max));
+        let num = num_rows.div_ceil(rows);
+        self.runs.push(Run { first_row, first_tile: self.tiles.len(), num, rows });
+        self.queries_max = self.queries_max.max(rows * group_len);
+        for kv_head in 0..num_kv_heads {
+            for row in (0..num_rows).step_by(rows) {
+                let RowPlace { segment, position: start } = run[row];
+                let tile = Tile {
+                    segment,
+                    kv_head,
+                    first_row: first_row + row,
+                    num_rows: rows.min(num_rows - row),
+                    start,
+                    first_piece: 0,
+                };
+                let cost = tile.cost() * group_len;
+                self.cost += cost;
+                self.tile_cost_max = self.tile_cost_max.max(cost);
+                self.tiles.push(tile);
             }
-            first_row += num_rows;
         }
     }
 
@@ -165,9 +174,10 @@ impl Plan {
     }
 
     /// Where a row is computed for a key/value head: the tile and the row in it.
-    pub(super) fn find(&self, place: RowPlace, kv_head: usize) -> (usize, usize) {
-        let SegmentTiles { start, first, num, rows } = self.segments[place.segment];
-        let row = place.position - start;
-        (first + kv_head * num + row / rows, row % rows)
+    pub(super) fn find(&self, row: usize, kv_head: usize) -> (usize, usize) {
+        let run = self.runs.partition_point(|run| run.first_row <= row) - 1;
+        let Run { first_row, first_tile, num, rows } = self.runs[run];
+        let row = row - first_row;
+        (first_tile + kv_head * num + row / rows, row % rows)
     }
 }

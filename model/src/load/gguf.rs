@@ -84,6 +84,11 @@ impl<'a> GgufFile<'a> {
         Metadata { map: &self.metadata }
     }
 
+    /// All keys and values.
+    pub(super) fn into_keys(self) -> HashMap<String, Value> {
+        self.metadata
+    }
+
     /// The tensors, without the rest.
     pub(super) fn into_tensors(self) -> TensorFile<'a> {
         TensorFile { source: self.source, tensors: self.tensors, dialect: Dialect::Gguf }

@@ -39,6 +39,12 @@ const SPLIT_QWEN2: &str = concat!(
 const SPLIT_DEFAULT: [&str; 4] =
     [r"[\p{P}\$\+<=>\^~\|]+", SPLIT_GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"];
 
+/// The name of a way to split text with one rule, where the format has one.
+pub(super) fn split_name(regex: &str) -> Option<&'static str> {
+    let known = [(SPLIT_GPT2, "gpt-2"), (SPLIT_LLAMA3, "llama-bpe"), (SPLIT_QWEN2, "qwen2")];
+    known.into_iter().find(|(rule, _)| *rule == regex).map(|(_, name)| name)
+}
+
 /// What a token is for, numbered as in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum TokenKind {

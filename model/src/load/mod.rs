@@ -17,6 +17,7 @@ mod safetensors;
 mod source;
 mod stored;
 mod tokenizer_json;
+mod tokenizer_keys;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -28,7 +29,9 @@ pub use quantize::{
 
 use self::gguf::GgufFile;
 use self::limits::{MAX_CONFIG_JSON_BYTES, MAX_TOKENIZER_JSON_BYTES};
+pub(crate) use self::network::{Role, slots};
 use self::source::{Source, read_small};
+pub use self::tokenizer_keys::tokenizer_keys;
 use crate::config::LlamaConfig;
 use crate::digest::ModelDigest;
 pub use crate::error::LoadError;

@@ -17,7 +17,7 @@ use crate::weights::{
 
 /// Tensors of a network, apart from their layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Role {
+pub(crate) enum Role {
     Embedding,
     OutputNorm,
     Output,
@@ -50,7 +50,7 @@ const NO_LAYER: usize = 0;
 
 impl Role {
     /// `[out, in]`, or `[len]` of a norm.
-    fn shape(self, config: &LlamaConfig) -> Vec<usize> {
+    pub(crate) fn shape(self, config: &LlamaConfig) -> Vec<usize> {
         let hidden = config.hidden_len;
         match self {
             Self::Embedding | Self::Output => vec![config.vocab_size, hidden],
@@ -83,7 +83,7 @@ impl Role {
     }
 
     /// The name in a GGUF file.
-    fn gguf_name(self, layer: usize) -> String {
+    pub(crate) fn gguf_name(self, layer: usize) -> String {
         let in_layer = match self {
             Self::Embedding => return "token_embd.weight".to_owned(),
             Self::OutputNorm => return "output_norm.weight".to_owned(),
@@ -171,7 +171,10 @@ pub(super) fn read(
 }
 
 /// All tensors of a network with their layers.
-fn slots(config: &LlamaConfig, has_output: bool) -> impl Iterator<Item = (Role, usize)> {
+pub(crate) fn slots(
+    config: &LlamaConfig,
+    has_output: bool,
+) -> impl Iterator<Item = (Role, usize)> + use<> {
     let outside =
         [Role::Embedding, Role::OutputNorm].into_iter().chain(has_output.then_some(Role::Output));
     let inside = (0..config.num_layers).flat_map(|l| LAYER_ROLES.into_iter().map(move |r| (r, l)));

@@ -11,6 +11,8 @@ mod completion;
 mod demo;
 mod explain;
 mod generate;
+mod grow;
+mod grow_check;
 mod limits;
 mod listen;
 mod reach;
@@ -91,6 +93,8 @@ Examples:
     Chat(Box<chat::ChatFlags>),
     /// Check that a pair gives the same bytes with speculation and without
     SelfTest(self_test::SelfTestFlags),
+    /// Write a larger model with the function of a small one, to measure with
+    Grow(Box<grow::GrowFlags>),
     /// Check the settings of serve and print the configuration in effect
     CheckConfig(Box<check_config::CheckConfigFlags>),
     /// List every limit: what operators set and what the protocol fixes
@@ -106,7 +110,7 @@ impl Command {
             Self::Generate(flags) => flags.json,
             Self::Chat(flags) => flags.json,
             Self::SelfTest(flags) => flags.json,
-            Self::Demo(_) | Self::Serve(_) | Self::CheckConfig(_) => false,
+            Self::Demo(_) | Self::Serve(_) | Self::Grow(_) | Self::CheckConfig(_) => false,
             Self::Limits | Self::Completion(_) => false,
         }
     }
@@ -184,7 +188,7 @@ fn describe(error: &anyhow::Error) -> String {
 
 fn exit_code(error: &anyhow::Error) -> u8 {
     let is_interrupted = matches!(stream_error(error), Some(StreamError::Interrupted { .. }));
-    if is_interrupted {
+    if is_interrupted || error.is::<grow::Interrupted>() {
         INTERRUPTED
     } else if error.is::<ConfigError>() || error.is::<crate::config::file::FileError>() {
         MISUSED
@@ -258,6 +262,7 @@ fn execute(command: Command, layers: &Layers) -> anyhow::Result<()> {
         | Command::Generate(_)
         | Command::Chat(_)
         | Command::SelfTest(_)
+        | Command::Grow(_)
         | Command::CheckConfig(_)
         | Command::Limits
         | Command::Completion(_) => logging::start(LogFormat::Text, logging::QUIET)?,
@@ -279,6 +284,7 @@ fn execute(command: Command, layers: &Layers) -> anyhow::Result<()> {
             Command::Generate(flags) => generate::run(*flags, &given).await,
             Command::Chat(flags) => chat::run(*flags, &given).await,
             Command::SelfTest(flags) => self_test::run(flags).await,
+            Command::Grow(flags) => grow::run(*flags).await,
             Command::CheckConfig(flags) => check_config::run(&flags, layers),
             Command::Limits => Ok(limits::run()?),
             Command::Completion(flags) => Ok(completion::run(&flags, self::command())?),

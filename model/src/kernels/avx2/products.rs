@@ -183,8 +183,9 @@ fn quant_rows<T: BlockProduct, const ROWS: usize>(
             }
         }
     }
-    for r in 0..ROWS {
-        put(at, out, r, [halves[0][r], halves[1][r]]);
+    let [low, high] = halves;
+    for (r, (low, high)) in low.into_iter().zip(high).enumerate() {
+        put(at, out, r, [low, high]);
     }
 }
 
