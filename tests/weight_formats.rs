@@ -165,9 +165,9 @@ fn every_type_loads_in_every_format() {
     }
 }
 
-/// Blocks whose byte `i` is `73 i + 41`, but for their half-precision numbers, as the `gguf` package
-/// of llama.cpp reads them: type, where those numbers (0.25, then 0.125) are, some weights, and the
-/// sum of all weights times their place, counted from 1.
+/// Blocks whose byte `i` is `73 i + 41`, but for their half-precision numbers, as the `gguf`
+/// package of llama.cpp reads them: type, where those numbers (0.25, then 0.125) are, some weights,
+/// and the sum of all weights times their place, counted from 1.
 type KnownBlock = (u32, &'static [usize], [(usize, f32); 3], f64);
 const KNOWN_BLOCKS: [KnownBlock; 8] = [
     (TYPE_Q4_0, &[0], [(0, 0.75), (16, 0.75), (31, -2.0)], -199.75),
