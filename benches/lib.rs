@@ -6,6 +6,7 @@ pub mod constructed_draft;
 pub mod drive;
 pub mod pair;
 pub mod random_model;
+pub mod roofline;
 pub mod stats;
 pub mod wire_table;
 

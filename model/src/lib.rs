@@ -28,6 +28,7 @@ pub mod proposal;
 pub mod reference;
 pub mod rope;
 pub mod sampling;
+pub mod stage_times;
 pub mod token_bytes;
 pub mod tokenizer;
 pub mod transformer;

@@ -15,6 +15,7 @@ use crate::kernels::{self, Isa};
 use crate::kv_pool::{KvPool, KvPoolOptions, KvType, Slot};
 use crate::linear::{Product, multiply};
 use crate::packed::{ModelError, PackedLayer, PackedLlama};
+use crate::stage_times::{Stage, StageTimes};
 
 /// How a [`Transformer`] runs. Nothing here can change an output bit, the type of keys and values
 /// excepted.
@@ -37,6 +38,7 @@ pub struct Transformer {
     pool: KvPool,
     compute: Compute,
     scratch: Scratch,
+    times: StageTimes,
 }
 
 /// Room for the rows of a step, kept from step to step.
@@ -70,7 +72,8 @@ impl Transformer {
         let pool = KvPool::new(model.config(), KvPoolOptions { num_blocks, kv_type, isa })
             .map_err(|bytes| ModelError::OutOfMemory { what: "the KV pool".to_owned(), bytes })?;
         let compute = Compute::new(isa, threads)?;
-        Ok(Self { model, pool, compute, scratch: Scratch::default() })
+        let (scratch, times) = (Scratch::default(), StageTimes::default());
+        Ok(Self { model, pool, compute, scratch, times })
     }
 
     /// See [`Compute::share_products_from`].
@@ -87,6 +90,17 @@ impl Transformer {
     /// See [`AttentionScratch::share_from`].
     pub fn share_attention_from(&mut self, macs: usize, partial_floats: usize) {
         self.scratch.attention.share_from(macs, partial_floats);
+    }
+
+    /// Forgets the times of stages and collects them from now on, or no more. For measurements.
+    pub fn collect_stage_times(&mut self, is_on: bool) {
+        self.times = StageTimes::new(is_on);
+    }
+
+    /// Times of the stages of all passes since collecting began.
+    #[must_use]
+    pub fn stage_times(&self) -> &StageTimes {
+        &self.times
     }
 
     /// The weights it runs on.
@@ -121,10 +135,12 @@ impl Transformer {
     fn begin(&mut self, batch: &RaggedBatch) {
         let hidden_len = self.model.config().hidden_len;
         let Scratch { places, hidden, wanted, .. } = &mut self.scratch;
+        self.times.start();
         hidden.resize(batch.num_rows() * hidden_len, 0.0);
         for (&token, hidden) in batch.tokens().iter().zip(hidden.chunks_mut(hidden_len)) {
             self.model.embedding.read_row(token.index(), hidden);
         }
+        self.times.end(Stage::Embedding);
         places.clear();
         wanted.clear();
         for (segment, part) in batch.segments().iter().enumerate() {
@@ -140,7 +156,9 @@ impl Transformer {
         let Scratch { places, hidden, input, queries, keys, values, .. } = &mut self.scratch;
         let compute = &mut self.compute;
         let num_rows = places.len();
+        self.times.start();
         norm_rows(compute, hidden, &layer.attention_norm, config.norm_eps, input);
+        self.times.end(Stage::AttentionNorm);
         let (query_len, kv_len) = (config.query_len(), config.kv_len());
         queries.resize(num_rows * query_len, 0.0);
         keys.resize(num_rows * kv_len, 0.0);
@@ -151,6 +169,7 @@ impl Transformer {
             Product::store(&layer.value, values),
         ];
         multiply(compute, input, products);
+        self.times.end(Stage::QueryKeyValue);
         for (row, place) in places.iter().enumerate() {
             let keys = &mut keys[row * kv_len..(row + 1) * kv_len];
             self.model.rope.rotate(place.position, &mut queries[row * query_len..][..query_len]);
@@ -159,6 +178,7 @@ impl Transformer {
             let values = &values[row * kv_len..(row + 1) * kv_len];
             self.pool.write(index, Slot::of(place.position, table), keys, values);
         }
+        self.times.end(Stage::RopeAndKv);
     }
 
     /// Drops the rows that want no logits: behind the last layer's KV nobody reads them.
@@ -190,12 +210,18 @@ impl Transformer {
             group_len: config.group_len(),
             scratch: attention,
         };
+        self.times.start();
         attention.run(compute.team(), input.write(num_rows, config.query_len()));
+        self.times.end(Stage::Attention);
         multiply(compute, input, [Product::add(&layer.attention_output, hidden)]);
+        self.times.end(Stage::AttentionOutput);
         norm_rows(compute, hidden, &layer.ffn_norm, config.norm_eps, input);
+        self.times.end(Stage::FfnNorm);
         let out = gated.write(num_rows, config.ffn_len);
         multiply(compute, input, [Product::swiglu(&layer.gate, &layer.up, out)]);
+        self.times.end(Stage::GateUp);
         multiply(compute, gated, [Product::add(&layer.down, hidden)]);
+        self.times.end(Stage::Down);
     }
 
     /// Logits of the rows that are left.
@@ -204,8 +230,11 @@ impl Transformer {
         let Scratch { places, hidden, input, .. } = &mut self.scratch;
         let out = logits.reset(places.len(), config.vocab_size);
         let compute = &mut self.compute;
+        self.times.start();
         norm_rows(compute, hidden, &self.model.output_norm, config.norm_eps, input);
+        self.times.end(Stage::OutputNorm);
         multiply(compute, input, [Product::store(self.model.output(), out)]);
+        self.times.end(Stage::Head);
     }
 }
 

@@ -8,6 +8,7 @@
 #![allow(unsafe_code)] // vector loads and stores, and calls into functions that need AVX2
 
 mod attention;
+pub(super) mod peak;
 mod products;
 
 use std::arch::x86_64::*;
@@ -82,6 +83,10 @@ pub(super) const TABLE: Kernels = Kernels {
         unsafe { exp_slice(values) }
     },
     scan: &super::scan::AVX2,
+    peak: Some(|mix, rounds| {
+        // SAFETY: see the table.
+        unsafe { peak::peak(mix, rounds) }
+    }),
 };
 
 #[target_feature(enable = "avx2,fma,f16c")]

@@ -6,6 +6,8 @@
 //! inputs times that, which every block carries as its offset, is taken off again: exact integers.
 #![allow(unsafe_code)] // vector loads, and calls into functions that need AVX-512
 
+mod peak;
+
 use std::arch::x86_64::*;
 
 use super::Kernels;
@@ -37,7 +39,7 @@ impl Avx512 {
     }
 }
 
-// SAFETY (both entries): the table is private and handed out by `Avx512::kernels` only, so whoever
+// SAFETY (all entries): the table is private and handed out by `Avx512::kernels` only, so whoever
 // calls these holds the proof that the CPU has the features, those of AVX2 included.
 static KERNELS: Kernels = Kernels {
     product_q8_0: |weights, input, epilogue, out| {
@@ -48,6 +50,10 @@ static KERNELS: Kernels = Kernels {
         // SAFETY: see the table.
         unsafe { quants(weights, input, epilogue, out) }
     },
+    peak: Some(|mix, rounds| {
+        // SAFETY: see the table.
+        unsafe { peak::peak(mix, rounds) }
+    }),
     ..avx2::TABLE
 };
 

@@ -17,6 +17,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod packed;
+pub mod peak;
 mod plain;
 pub mod products;
 pub mod scan;
@@ -115,6 +116,8 @@ struct Kernels {
     attention: &'static attention::AttentionKernels,
     exp: fn(&mut [f32]),
     scan: &'static scan::ScanKernels,
+    /// See [`peak::multiply_adds`].
+    peak: Option<peak::Peak>,
 }
 
 /// RMSNorm (arXiv 1910.07467, equation 4): `out = (x * scale) * weight` with

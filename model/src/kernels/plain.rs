@@ -23,6 +23,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     attention: &attention::KERNELS,
     exp: |values| values.iter_mut().for_each(|value| *value = exp(*value)),
     scan: &super::scan::PLAIN,
+    peak: None,
 };
 
 /// The fixed tree: how 8 lanes become one number.
