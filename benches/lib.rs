@@ -4,6 +4,7 @@
 pub mod checkpoint;
 pub mod constructed_draft;
 pub mod drive;
+pub mod network;
 pub mod pair;
 pub mod random_model;
 pub mod roofline;
@@ -25,6 +26,12 @@ pub const MICRO_VERIFIER: &str =
     concat!(env!("CARGO_MANIFEST_DIR"), "/../models/micro/verifier.gguf");
 /// The draft of the micro pair, a GGUF file.
 pub const MICRO_DRAFT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/micro/draft.gguf");
+
+/// The embedded verifier, as a GGUF file.
+pub const RUST_VERIFIER: &str =
+    concat!(env!("CARGO_MANIFEST_DIR"), "/../models/rust/verifier.gguf");
+/// The embedded draft, as a GGUF file.
+pub const RUST_DRAFT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/rust/draft.gguf");
 
 /// What tables call a way to speculate.
 #[must_use]

@@ -13,7 +13,7 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::Parser;
 use slipstream_benches::stats::Spread;
-use slipstream_benches::{PROMPTS, label};
+use slipstream_benches::{PROMPTS, RUST_DRAFT, RUST_VERIFIER, label};
 use slipstream_draft::model_proposer::{ModelProposer, ModelProposerOptions};
 use slipstream_model::batch::RaggedBatch;
 use slipstream_model::clock::{Clock, MonotonicClock};
@@ -27,10 +27,6 @@ use slipstream_model::sampling::SamplingParams;
 use slipstream_model::transformer::{Transformer, TransformerOptions};
 use slipstream_server::engine::request::{Request, Speculation};
 use slipstream_server::engine::{Engine, EngineConfig, EngineParts};
-
-/// The embedded pair, as files.
-const RUST_VERIFIER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/rust/verifier.gguf");
-const RUST_DRAFT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/rust/draft.gguf");
 
 #[derive(Parser)]
 #[command(about = "What a step costs outside the networks")]
