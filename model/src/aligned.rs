@@ -1,6 +1,8 @@
 //! Owns numbers in memory that begins at a cache line, so that no vector of theirs lies across two.
 //! Knows nothing of what they mean.
 
+use crate::kernels::memory::filled;
+
 /// Bytes of a cache line.
 const LINE_BYTES: usize = 64;
 
@@ -21,9 +23,7 @@ impl<T: Copy + Default> Aligned<T> {
         let extra = LINE_BYTES / size_of::<T>();
         let num_bytes = len.saturating_mul(size_of::<T>());
         let room = len.checked_add(extra).ok_or(num_bytes)?;
-        let mut numbers = Vec::new();
-        numbers.try_reserve_exact(room).map_err(|_| num_bytes)?;
-        numbers.resize(room, T::default());
+        let numbers = filled(room, T::default()).map_err(|_| num_bytes)?;
         // What cannot be aligned is only slower.
         let first = numbers.as_ptr().align_offset(LINE_BYTES).min(extra);
         Ok(Self { numbers, first, len })

@@ -16,6 +16,7 @@ pub mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub mod memory;
 pub mod packed;
 pub mod peak;
 mod plain;

@@ -8,6 +8,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::QUANT_BLOCK_LEN;
+use super::memory::filled;
 
 /// Outputs per strip: one f32 lane each. The last strip of a matrix is padded with zero weights.
 pub const STRIP_LEN: usize = 16;
@@ -342,12 +343,4 @@ impl<T: BlockTile> PackedQuants<T> {
     pub fn num_bytes(&self) -> usize {
         size_of_val(self.tiles.as_slice()) + size_of_val(self.scales.as_slice())
     }
-}
-
-/// A vector of `len` copies, or an error when the memory is not there.
-fn filled<T: Copy>(len: usize, value: T) -> Result<Vec<T>, TryReserveError> {
-    let mut vec = Vec::new();
-    vec.try_reserve_exact(len)?;
-    vec.resize(len, value);
-    Ok(vec)
 }
