@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use slipstream_model::kernels::Isa;
+use slipstream_model::kernels::memory::filled;
 use slipstream_model::kernels::peak::{Mix, multiply_adds};
 use slipstream_model::kernels::team::Team;
 
@@ -59,7 +60,8 @@ impl Roofline {
     /// When the system refuses a thread.
     pub fn measure(threads: usize) -> anyhow::Result<Self> {
         let (mut alone, mut team) = (Team::new(1)?, Team::new(threads)?);
-        let buffer = vec![1_u64; BUFFER_BYTES / size_of::<u64>()];
+        // In huge pages where there are some, as weights are.
+        let buffer = filled(BUFFER_BYTES / size_of::<u64>(), 1_u64).context("no memory to read")?;
         let (mut alone_times, mut times) = (Vec::new(), Vec::new());
         for round in 0..=MEMORY_ROUNDS {
             let speeds = [gb_per_s(&mut alone, &buffer), gb_per_s(&mut team, &buffer)];
