@@ -245,7 +245,7 @@ mod tests {
         for (target, shape) in [
             (300_000_000, (1024, 26, 2816, 16, 4)),
             (1_100_000_000, (4096, 6, 11_264, 64, 8)),
-            (20_000_000, (256, 24, 704, 4, 2)),
+            (20_000_000, (256, 26, 704, 4, 2)),
         ] {
             let growth = Growth::to_size(&source(), true, target).expect("a possible size");
             let grown = growth.apply(&source()).expect("a possible growth");
