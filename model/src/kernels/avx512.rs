@@ -189,8 +189,11 @@ fn quant_rows<T: BlockProduct, const ROWS: usize>(
     }
     let mut sums = [_mm512_setzero_ps(); ROWS];
     for block in 0..num_blocks {
-        prefetch(tiles, block + AHEAD);
-        prefetch(weight_scales, block + AHEAD);
+        // Rows that follow find the strip in the caches.
+        if at.first_row == 0 {
+            prefetch(tiles, block + AHEAD);
+            prefetch(weight_scales, block + AHEAD);
+        }
         let mut blocks = [&rows[0][block]; ROWS];
         for r in 1..ROWS {
             blocks[r] = &rows[r][block];

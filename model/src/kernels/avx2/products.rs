@@ -166,7 +166,7 @@ fn quant_rows<T: BlockProduct, const ROWS: usize>(
     let mut halves = [[_mm256_setzero_ps(); ROWS]; STRIP_LEN / LANES];
     for (half, sums) in halves.iter_mut().enumerate() {
         for block in 0..num_blocks {
-            if half == 0 {
+            if half == 0 && at.first_row == 0 {
                 prefetch(tiles, block + AHEAD);
                 prefetch(weight_scales, block + AHEAD);
             }
