@@ -1,6 +1,6 @@
-//! Owns what this machine could do at best: how fast it reads memory, and how fast the multiply-adds
-//! of the products run on registers. Measured anew by every bench that compares with it, because
-//! machines drift. Knows no models.
+//! Owns what this machine could do at best: how fast it reads memory, and how fast the
+//! multiply-adds of the products run on registers. Measured anew by every bench that compares with
+//! it, because machines drift. Knows no models.
 
 use std::fmt;
 use std::hint::black_box;
