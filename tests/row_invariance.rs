@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use half::f16;
+use half::{bf16, f16};
 use slipstream_model::batch::{RaggedBatch, SegmentInput};
 use slipstream_model::config::{LlamaConfig, RopeScaling};
 use slipstream_model::forward::{Forward, ForwardError, Logits};
@@ -20,7 +20,7 @@ use slipstream_tests::timing::timed;
 
 const SEED: u64 = 20_261_122;
 const VOCAB: usize = 67;
-/// In [`Kind::F32`] and [`Kind::Q8`] networks, the embedding of this token is NaN.
+/// In all networks but [`Kind::TiedQ8`] ones, the embedding of this token is NaN.
 const NAN_TOKEN: TokenId = TokenId(VOCAB as u32 - 1);
 
 /// See [`loud_model`].
@@ -30,6 +30,9 @@ const LOUD_TOKEN: TokenId = TokenId(0);
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Kind {
     F32,
+    F16,
+    Bf16,
+    Q4,
     Q8,
     /// Q8_0 with a tied output.
     TiedQ8,
@@ -59,16 +62,32 @@ fn floats(rng: &mut Rng, len: usize, size: f64) -> Vec<f32> {
 
 fn matrix(rng: &mut Rng, kind: Kind, out_len: usize, in_len: usize) -> Matrix {
     let size = 3.0 / (in_len as f64).sqrt();
-    let data = if kind == Kind::F32 {
-        MatrixData::F32(floats(rng, out_len * in_len, size))
-    } else {
-        let num_scales = out_len * in_len / Q8_0_BLOCK_LEN;
-        let mut scale = || f16::from_f64((0.5 + rng.unit()) * size / 127.0);
-        let scales = (0..num_scales).map(|_| scale()).collect();
-        let quants = (0..out_len * in_len).map(|_| rng.bits() as i8).collect();
-        MatrixData::Q8_0 { scales, quants }
+    let num = out_len * in_len;
+    let data = match kind {
+        Kind::F32 => MatrixData::F32(floats(rng, num, size)),
+        Kind::F16 => {
+            MatrixData::F16(floats(rng, num, size).into_iter().map(f16::from_f32).collect())
+        }
+        Kind::Bf16 => {
+            MatrixData::Bf16(floats(rng, num, size).into_iter().map(bf16::from_f32).collect())
+        }
+        Kind::Q4 => {
+            let scales = scales(rng, num, size / 8.0);
+            let quants = (0..num / 2).map(|_| rng.bits() as u8).collect();
+            MatrixData::Q4_0 { scales, quants }
+        }
+        Kind::Q8 | Kind::TiedQ8 => {
+            let scales = scales(rng, num, size / 127.0);
+            let quants = (0..num).map(|_| rng.bits() as i8).collect();
+            MatrixData::Q8_0 { scales, quants }
+        }
     };
     Matrix { out_len, in_len, data }
+}
+
+/// Scales of the blocks of `num` weights.
+fn scales(rng: &mut Rng, num: usize, size: f64) -> Vec<f16> {
+    (0..num / Q8_0_BLOCK_LEN).map(|_| f16::from_f64((0.5 + rng.unit()) * size)).collect()
 }
 
 fn layer(rng: &mut Rng, kind: Kind, config: &LlamaConfig) -> LayerWeights {
@@ -96,10 +115,12 @@ fn weights(kind: Kind, config: &LlamaConfig) -> LlamaWeights {
         MatrixData::Q8_0 { scales, .. } if kind == Kind::Q8 => {
             scales[nan_row * config.hidden_len / Q8_0_BLOCK_LEN] = f16::NAN;
         }
-        MatrixData::Q8_0 { .. }
-        | MatrixData::Q4_0 { .. }
-        | MatrixData::F16(_)
-        | MatrixData::Bf16(_) => {}
+        MatrixData::Q8_0 { .. } => {}
+        MatrixData::Q4_0 { scales, .. } => {
+            scales[nan_row * config.hidden_len / Q8_0_BLOCK_LEN] = f16::NAN;
+        }
+        MatrixData::F16(data) => data[nan_row * config.hidden_len] = f16::NAN,
+        MatrixData::Bf16(data) => data[nan_row * config.hidden_len] = bf16::NAN,
     }
     LlamaWeights {
         embedding,
@@ -258,6 +279,9 @@ fn company_chunks_blocks_threads_and_isa_change_no_bit() {
         check_company(Kind::Q8, KvType::F32, &[1, 16, 130, 530]);
         check_company(Kind::TiedQ8, KvType::F32, &[40, 41, 257]);
         check_company(Kind::Q8, KvType::F16, &[2, 33, 270]);
+        check_company(Kind::Q4, KvType::F32, &[1, 35, 262]);
+        check_company(Kind::F16, KvType::F32, &[4, 60]);
+        check_company(Kind::Bf16, KvType::F16, &[5, 50]);
     });
 }
 
@@ -445,7 +469,7 @@ fn weights_that_do_not_fit_are_refused_by_name() {
     let scales = vec![f16::ONE; 200];
     wrong.layers[0].down.data = MatrixData::Q8_0 { scales, quants: vec![1; 6400] };
     let error = refused(narrow, wrong).to_string();
-    assert!(error.contains("`layers.0.down` is Q8_0 with rows of 100 numbers"), "{error}");
+    assert!(error.contains("`layers.0.down` is quantised with rows of 100 numbers"), "{error}");
     let heads = LlamaConfig { head_dim: 12, ..config() };
     assert!(refused(heads, base()).to_string().starts_with("head_dim is 12"));
     let kv_type = KvType::F32;

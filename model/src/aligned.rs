@@ -40,15 +40,17 @@ impl<T: Copy + Default> Aligned<T> {
         &mut self.numbers[self.first..][..self.len]
     }
 
-    /// Makes room for `len` numbers, whatever they are, and returns them. Never gives memory back.
+    /// Makes room for `len` numbers, whatever they are, and returns them. Never gives memory back,
+    /// and grows by half at least, so that lengths that creep up seldom allocate.
     ///
     /// # Panics
     /// When the memory is not there.
     pub fn at_least(&mut self, len: usize) -> &mut [T] {
         if self.len < len {
+            let room = len.max(self.len + self.len / 2);
             // The old ones go first, so that memory never holds both.
             *self = Self::default();
-            *self = Self::zeros(len).expect("memory for the scratch of a step");
+            *self = Self::zeros(room).expect("memory for the scratch of a step");
         }
         &mut self.as_mut_slice()[..len]
     }

@@ -43,13 +43,19 @@ impl Compute {
         self.isa
     }
 
+    /// Threads, the caller included.
+    #[must_use]
+    pub fn num_threads(&self) -> usize {
+        self.team.num_threads()
+    }
+
     /// The threads, for work that shares itself.
     pub fn team(&mut self) -> &mut Team {
         &mut self.team
     }
 
-    /// Shares products from `macs` multiply-adds on with the team. For measurements and tests: it
-    /// cannot change a bit.
+    /// Shares products from `macs` multiply-adds on with the team. It cannot change a
+    /// bit.
     pub fn share_products_from(&mut self, macs: usize) {
         self.team_macs_min = macs;
     }

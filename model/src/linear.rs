@@ -113,7 +113,8 @@ impl Linear {
             return Err(wrong(format!("{num_scales} scales")));
         }
         let packed = pack([out_len, in_len], &data);
-        let no_memory = |_| ModelError::OutOfMemory { what: name.to_owned(), bytes: num_weights };
+        let bytes = data.num_bytes();
+        let no_memory = |_| ModelError::OutOfMemory { what: name.to_owned(), bytes };
         Ok(Self { out_len, in_len, packed: packed.map_err(no_memory)? })
     }
 

@@ -20,8 +20,8 @@ pub enum ModelError {
         /// `[out, in]`; a vector has `out` 1.
         shape: [usize; 2],
     },
-    /// Rows of a Q8_0 matrix must be whole blocks.
-    #[error("tensor `{tensor}` is Q8_0 with rows of {in_len} numbers, no multiple of 32")]
+    /// Rows of a quantised matrix must be whole blocks.
+    #[error("tensor `{tensor}` is quantised with rows of {in_len} numbers, no multiple of 32")]
     PartialBlock {
         /// Field path of the tensor in [`LlamaWeights`].
         tensor: String,
@@ -191,6 +191,9 @@ fn check(config: &LlamaConfig) -> Result<(), ModelError> {
     if num_kv_heads == 0 || num_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {
         let limit = "it divides the number of query heads";
         return refuse("num_kv_heads", format!("{num_kv_heads} of {num_heads} heads"), limit);
+    }
+    if config.num_layers == 0 {
+        return refuse("num_layers", "0".to_owned(), "at least one is needed");
     }
     if config.context_len == 0 {
         return refuse("context_len", "0".to_owned(), "at least one position is needed");

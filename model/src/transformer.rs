@@ -83,8 +83,8 @@ impl Transformer {
 
     /// Threads of its team, the caller included.
     #[must_use]
-    pub fn num_threads(&mut self) -> usize {
-        self.compute.team().num_threads()
+    pub fn num_threads(&self) -> usize {
+        self.compute.num_threads()
     }
 
     /// See [`AttentionScratch::share_from`].
@@ -227,7 +227,8 @@ impl Transformer {
     /// Logits of the rows that are left.
     fn head(&mut self, logits: &mut Logits) {
         let config = self.model.config();
-        let Scratch { places, hidden, input, .. } = &mut self.scratch;
+        let Scratch { places, hidden, input, wanted, .. } = &mut self.scratch;
+        assert_eq!(places.len(), wanted.len(), "only rows that want logits are left");
         let out = logits.reset(places.len(), config.vocab_size);
         let compute = &mut self.compute;
         self.times.start();

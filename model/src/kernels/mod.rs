@@ -1,4 +1,4 @@
-//! Owns the arithmetic of the network: products, dot products, norms, the exponential. Knows
+//! Owns the arithmetic of the network: products, attention, norms, scans, the exponential. Knows
 //! lengths and layouts; knows no layers, no sequences and no policy.
 //!
 //! Every kernel is one safe function here that checks every length, also in release builds, and
@@ -8,7 +8,7 @@
 //! lengths of the model: never on how many rows share a call, on tiling or on threads. The one
 //! thing left open is which NaN a NaN is.
 //!
-//! A new kernel is written in `plain.rs`, gets an entry in the table of function pointers here, a
+//! A new kernel is written in `plain.rs` or a file below it, gets an entry in the table of function pointers here, a
 //! safe entry point, and a case in the tests, which compare every implementation this CPU has.
 
 pub mod attention;
@@ -37,7 +37,7 @@ use products::{FloatProduct, QuantBlock, QuantProduct};
 /// A faster kernel with the same bits does not raise it. Recorded output guards it.
 pub const NUMERICS_VERSION: u32 = 1;
 
-/// Numbers that share one scale in the Q8_0 product, of weights and of activations.
+/// Numbers that share one scale in quantised products, of weights and of activations.
 pub const QUANT_BLOCK_LEN: usize = crate::weights::Q8_0_BLOCK_LEN;
 
 /// Absolute positions per attention split: split `s` covers `SPLIT_LEN * s ..`. Part of the bits.
@@ -103,8 +103,8 @@ impl Isa {
     }
 }
 
+/// One implementation. The functions may rely on the lengths that the entry points check.
 #[derive(Clone, Copy)]
-/// One implementation. The functions may rely on the lengths that the entry points below check.
 struct Kernels {
     product_f32: FloatProduct<F32Lanes>,
     product_f16: FloatProduct<F16Lanes>,

@@ -158,7 +158,7 @@ mod avx2 {
     use crate::ids::TokenId;
     use crate::noise::{MIXERS, NoiseRow, TOKEN_STEP};
 
-    // SAFETY (all entries): the table is reached through `Avx2::kernels` only, so whoever calls
+    // SAFETY (all entries): the table is reached through `Avx2` and `Avx512` only, so whoever calls
     // these holds the proof that the CPU has the feature.
     pub(in crate::kernels) static AVX2: ScanKernels = ScanKernels {
         block_maxima: |row, maxima| {

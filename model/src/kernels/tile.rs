@@ -36,8 +36,8 @@ impl<'a> Tile<'a> {
     #[must_use]
     pub fn columns(self, columns: Range<usize>) -> Self {
         assert!(columns.start <= columns.end && columns.end <= self.row_len, "columns of the tile");
-        // SAFETY: the column is within the tile's rows, or just behind the first one.
-        let first = unsafe { self.first.add(columns.start) };
+        // Wrapping, because a tile without rows has nothing to point into.
+        let first = self.first.wrapping_add(columns.start);
         Self { first, row_len: columns.len(), ..self }
     }
 

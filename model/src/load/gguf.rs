@@ -10,8 +10,8 @@ use candle_core::quantized::gguf_file::{Content, Value};
 use super::convert;
 use super::gguf_header::{self, GgufHeader, key_name};
 use super::limits::{
-    MAX_CONTEXT_LEN, MAX_FFN_LEN, MAX_HEAD_DIM, MAX_HEADS, MAX_HIDDEN_LEN, MAX_LAYERS, MAX_VOCAB,
-    check_relations,
+    MAX_CONTEXT_LEN, MAX_FFN_LEN, MAX_GGUF_HEADER_BYTES, MAX_HEAD_DIM, MAX_HEADS, MAX_HIDDEN_LEN,
+    MAX_LAYERS, MAX_VOCAB, check_relations,
 };
 use super::network::{Dialect, TensorFile};
 use super::source::Source;
@@ -76,7 +76,7 @@ impl<'a> GgufFile<'a> {
                 return Ok(Self { source, metadata, tensors: header.tensors });
             }
             // Ends: nothing lies behind the whole file, and the header's length has a limit.
-            len = len.saturating_mul(growth);
+            len = len.saturating_mul(growth).min(MAX_GGUF_HEADER_BYTES + 1);
         }
     }
 

@@ -110,8 +110,11 @@ fn fit_q4_0(block: &[f32; Q4_0_BLOCK_LEN]) -> Option<(f16, [f32; Q4_0_BLOCK_LEN]
         let squares = sum_q4_0(|i| first[i] * first[i]);
         let stored = f16::from_f32(products / squares);
         let scale = stored.to_f32();
-        if !scale.is_finite() || scale == 0.0 {
-            continue;
+        if !scale.is_finite() {
+            return None;
+        }
+        if scale == 0.0 {
+            continue; // it underflows
         }
         let levels = levels_q4_0(block, 1.0 / scale);
         let error = sum_q4_0(|i| {
@@ -122,7 +125,7 @@ fn fit_q4_0(block: &[f32; Q4_0_BLOCK_LEN]) -> Option<(f16, [f32; Q4_0_BLOCK_LEN]
             best = Some((error, stored, levels));
         }
     }
-    best.map(|(_, scale, levels)| (scale, levels))
+    Some(best.map_or((f16::ZERO, [0.0; Q4_0_BLOCK_LEN]), |(_, scale, levels)| (scale, levels)))
 }
 
 /// Weights in units of the scale, rounded to what a nibble can stand for.
@@ -246,6 +249,11 @@ mod tests {
             let (scales, quants) = quantize_q4_0(&[tiny; 32]).expect("next to nothing");
             assert_eq!((scales[0], quants[0]), (f16::ZERO, 0x88), "{tiny}");
         }
+        // Every scale that would fit underflows, although the largest weight alone would not.
+        let mut block = [0.51 / 7.2 * 2.0_f32.powi(-22); 32];
+        block[3] = 2.0_f32.powi(-22);
+        let (scales, quants) = quantize_q4_0(&block).expect("next to nothing");
+        assert_eq!((scales[0], quants[0]), (f16::ZERO, 0x88));
         let (scales, _) = quantize_q4_0(&[1e-6; 32]).expect("a subnormal scale");
         assert!(scales[0] != f16::ZERO);
         for large in [1e6, 1e30, f32::MAX, f32::INFINITY, f32::NAN] {

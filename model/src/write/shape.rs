@@ -121,7 +121,9 @@ impl Growth {
             growth.num_layers = Some(source.num_layers + 1);
             let layer = num_weights(&growth.unchecked(source), is_tied) - smallest;
             let more = (target.saturating_sub(smallest) + layer / 2) / layer;
-            growth.num_layers = Some(source.num_layers.saturating_add(more as usize));
+            // One layer past the limit is refused as well as any number of them.
+            let more = more.min(MAX_LAYERS as u64) as usize;
+            growth.num_layers = Some(source.num_layers + more);
             growth
         });
         let is_close = |growth: &Self| {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use slipstream_model::load::{LoadOptions, LoadedModel, WeightFormat, load, tokenizer_keys};
 use slipstream_model::write::grow::grown;
 use slipstream_model::write::shape::Growth;
@@ -233,10 +233,11 @@ fn write(flags: &GrowFlags, out: &Path, stop: &AtomicBool) -> anyhow::Result<()>
 
 /// Refuses a name that is taken before anything is computed. Asked again when the file gets it.
 fn check_free_name(out: &Path) -> anyhow::Result<()> {
-    if out.symlink_metadata().is_ok() {
-        bail!("{} exists already: remove it, or choose another name with --out", out.display());
-    }
-    Ok(())
+    if out.symlink_metadata().is_ok() { Err(taken(out)) } else { Ok(()) }
+}
+
+fn taken(out: &Path) -> anyhow::Error {
+    anyhow!("{} exists already: remove it, or choose another name with --out", out.display())
 }
 
 /// Writes a file under a passing name beside its own, which it gets when it is whole: who sees it
@@ -277,7 +278,7 @@ fn write_new(file: NetworkFile<'_>, out: &Path, stop: &AtomicBool) -> anyhow::Re
     written.with_context(|| format!("cannot write {}; nothing is left of it", out.display()))?;
     match partial.persist_noclobber(out) {
         Ok(_) => Ok(()),
-        Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => check_free_name(out),
+        Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Err(taken(out)),
         Err(error) => {
             Err(error.error).with_context(|| format!("cannot name the file {}", out.display()))
         }

@@ -310,7 +310,9 @@ fn float_rows<L: WidenLanes, const ROWS: usize>(
     }
     let mut sums = [[_mm256_setzero_ps(); 2]; ROWS];
     for k in 0..in_len {
-        prefetch(strip, k + FLOATS_AHEAD);
+        if at.first_row == 0 {
+            prefetch(strip, k + FLOATS_AHEAD);
+        }
         // SAFETY: this function has AVX2 and F16C.
         let lanes = unsafe { [strip[k].widen(0), strip[k].widen(1)] };
         for r in 0..ROWS {
