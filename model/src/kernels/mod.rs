@@ -8,8 +8,9 @@
 //! lengths of the model: never on how many rows share a call, on tiling or on threads. The one
 //! thing left open is which NaN a NaN is.
 //!
-//! A new kernel is written in `plain.rs` or a file below it, gets an entry in the table of function pointers here, a
-//! safe entry point, and a case in the tests, which compare every implementation this CPU has.
+//! A new kernel is written in `plain.rs` or a file below it, gets an entry in the table of function
+//! pointers here, a safe entry point, and a case in the tests, which compare every implementation
+//! this CPU has.
 
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
