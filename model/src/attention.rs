@@ -1,5 +1,5 @@
 //! Owns causal attention through block tables. Row-invariant: positions are taken in fixed splits
-//! of [`SPLIT_LEN`](kernels::SPLIT_LEN) absolute positions whose partial results are merged in
+//! of [`SPLIT_LEN`](crate::kernels) absolute positions whose partial results are merged in
 //! order, so that a row's bits depend on its own sequence up to itself and on nothing else. Knows
 //! no layers' weights.
 //!
