@@ -9,7 +9,7 @@ use crate::kernels::packed::{
     Bf16Lanes, F16Lanes, F32Lanes, PackedFloats, PackedQuants, Q4Tile, Q8Tile, STRIP_LEN,
 };
 use crate::kernels::products::{
-    Epilogue, FloatWeights, QuantBlock, QuantWeights, product_floats, product_quants,
+    Epilogue, FloatWeights, QuantBlock, QuantWeights, ROWS_MAX, product_floats, product_quants,
 };
 use crate::kernels::tile::{Grid, Tile};
 use crate::kernels::{Isa, QUANT_BLOCK_LEN};
@@ -223,14 +223,11 @@ impl<'a> Product<'a> {
             num_rows,
             row_len,
             // Whole groups of the rows that kernels take together.
-            tile_rows: (panel_rows / ROW_GROUP).max(1) * ROW_GROUP,
+            tile_rows: (panel_rows / ROWS_MAX).max(1) * ROWS_MAX,
             tile_columns: tile_strips.clamp(1, TILE_STRIPS_MAX) * STRIP_LEN,
         }
     }
 }
-
-/// Rows that kernels take together.
-const ROW_GROUP: usize = 8;
 
 /// Makes some products of the same input: tiles of all of them are shared by the team as one job.
 ///

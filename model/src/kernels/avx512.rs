@@ -14,7 +14,7 @@ use super::Kernels;
 use super::avx2::{self, Avx2, group_bits, prefetch};
 use super::packed::{GroupLanes, NUM_GROUPS, Q4Tile, Q8Tile, QuantStrips, STRIP_LEN, ScaleLanes};
 use super::plain::products::finish;
-use super::products::{Epilogue, QuantBlock, QuantRows};
+use super::products::{Epilogue, QuantBlock, QuantRows, ROWS_MAX, StripPlace};
 use super::tile::Tile;
 
 /// Proof that this CPU has AVX-512 (F, BW, VL, VNNI) and what AVX2 kernels need. Only detection
@@ -56,9 +56,6 @@ static KERNELS: Kernels = Kernels {
     }),
     ..avx2::TABLE
 };
-
-/// Rows that share loaded weights: with as many float sums, 16 of the 32 registers.
-const ROWS_MAX: usize = 8;
 
 /// Blocks of a strip that are asked for ahead of time: 4 KiB of 8-bit weights.
 const AHEAD: usize = 8;
@@ -160,15 +157,6 @@ fn quants<T: BlockProduct>(
             }
         }
     }
-}
-
-/// Where the sums of a strip go.
-struct StripPlace {
-    /// The strip.
-    index: usize,
-    /// First row of the tile in hand.
-    first_row: usize,
-    epilogue: Epilogue,
 }
 
 /// One strip times `ROWS` rows.

@@ -20,6 +20,20 @@ pub enum Epilogue {
     SwiGlu,
 }
 
+/// Rows that share loaded quantised weights, at most: as many integer and as many float sums take 16
+/// of the 32 registers that AVX-512 has.
+pub const ROWS_MAX: usize = 8;
+
+/// Where the sums of a strip go.
+pub(super) struct StripPlace {
+    /// The strip.
+    pub(super) index: usize,
+    /// First row of the tile in hand.
+    pub(super) first_row: usize,
+    /// What becomes of them.
+    pub(super) epilogue: Epilogue,
+}
+
 /// A block of 32 quantised activations: value = scale * quant.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]

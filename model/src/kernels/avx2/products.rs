@@ -10,15 +10,12 @@ use super::super::packed::{
     QuantStrips, STRIP_LEN, ScaleLanes,
 };
 use super::super::plain::products::finish;
-use super::super::products::{Epilogue, QuantBlock, QuantRows};
+use super::super::products::{Epilogue, QuantBlock, QuantRows, ROWS_MAX, StripPlace};
 use super::super::tile::Tile;
 use super::{group_bits, load, load_halves, load_i8, prefetch, silu, store};
 
 /// Outputs per register.
 const LANES: usize = 8;
-
-/// Rows that share loaded quantised weights.
-const QUANT_ROWS: usize = 8;
 
 /// Blocks of a strip that are asked for ahead of time: a few hundred nanoseconds of memory latency
 /// at the speed the weights are used up.
@@ -122,8 +119,8 @@ pub(super) fn quants<T: BlockProduct>(
     let strips = weights.tiles.chunks_exact(num_blocks).zip(weights.scales.chunks(num_blocks));
     for (index, (tiles, scales)) in strips.enumerate() {
         let strip = QuantStrips { tiles, scales, num_blocks };
-        for (tile, rows) in input.blocks.chunks(num_blocks * QUANT_ROWS).enumerate() {
-            let at = StripPlace { index, first_row: tile * QUANT_ROWS, epilogue };
+        for (tile, rows) in input.blocks.chunks(num_blocks * ROWS_MAX).enumerate() {
+            let at = StripPlace { index, first_row: tile * ROWS_MAX, epilogue };
             match rows.len() / num_blocks {
                 1 => quant_rows::<T, 1>(&strip, rows, &at, out),
                 2 => quant_rows::<T, 2>(&strip, rows, &at, out),
@@ -132,19 +129,10 @@ pub(super) fn quants<T: BlockProduct>(
                 5 => quant_rows::<T, 5>(&strip, rows, &at, out),
                 6 => quant_rows::<T, 6>(&strip, rows, &at, out),
                 7 => quant_rows::<T, 7>(&strip, rows, &at, out),
-                _ => quant_rows::<T, QUANT_ROWS>(&strip, rows, &at, out),
+                _ => quant_rows::<T, ROWS_MAX>(&strip, rows, &at, out),
             }
         }
     }
-}
-
-/// Where the sums of a strip go.
-struct StripPlace {
-    /// The strip.
-    index: usize,
-    /// First row of the tile in hand.
-    first_row: usize,
-    epilogue: Epilogue,
 }
 
 /// One strip times `ROWS` rows.
