@@ -20,8 +20,8 @@ pub enum Epilogue {
     SwiGlu,
 }
 
-/// Rows that share loaded quantised weights, at most: as many integer and as many float sums take 16
-/// of the 32 registers that AVX-512 has.
+/// Rows that share loaded quantised weights, at most: as many integer and as many float sums take
+/// 16 of the 32 registers that AVX-512 has.
 pub const ROWS_MAX: usize = 8;
 
 /// Where the sums of a strip go.
