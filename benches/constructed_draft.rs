@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use slipstream_model::batch::RaggedBatch;
 use slipstream_model::forward::{Forward, ForwardError, ForwardLimits, Logits};
-use slipstream_model::ids::{SequenceId, TokenId};
+use slipstream_model::ids::{BlockId, SequenceId, TokenId};
 
 /// Logit of the token that a draft shall propose: beyond what noise could change.
 const CERTAIN: f32 = 1e6;
@@ -112,6 +112,10 @@ impl Forward for Overruled {
             }
         });
         Ok(())
+    }
+
+    fn copy_block(&mut self, from: BlockId, to: BlockId) {
+        self.network.copy_block(from, to);
     }
 }
 

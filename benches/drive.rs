@@ -10,7 +10,7 @@ use slipstream_model::ids::{SequenceId, TokenId};
 use slipstream_model::sampling::SamplingParams;
 use slipstream_server::engine::Engine;
 use slipstream_server::engine::event::{Event, Finished};
-use slipstream_server::engine::request::{Request, Speculation};
+use slipstream_server::engine::request::{PrefixReuse, Priority, Request, Speculation, TenantId};
 
 /// What to complete.
 #[derive(Clone, Debug, PartialEq)]
@@ -113,6 +113,10 @@ impl Driver {
             speculation: asked.speculation,
             arrival: self.clock.now(),
             deadline: None,
+            tenant: TenantId::default(),
+            priority: Priority::Normal,
+            prefix_reuse: PrefixReuse::salted(""),
+            sibling: None,
         }
     }
 }

@@ -282,6 +282,7 @@ impl Line {
                 block_table: &blocks,
                 logits_from: 0,
                 owner: segment as u64,
+                scope: 0,
             });
             let positions = context..context + num_rows;
             places.extend(positions.map(|position| RowPlace { segment, position }));

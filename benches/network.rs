@@ -186,7 +186,7 @@ impl Network {
         let owner = sequence as u64;
         let (tokens, block_table) = (&tokens, &blocks);
         let start = positions.start;
-        batch.push(SegmentInput { tokens, start, block_table, logits_from, owner });
+        batch.push(SegmentInput { tokens, start, block_table, logits_from, owner, scope: 0 });
     }
 
     /// A batch of such rows; `None` when the network's context is too short for it.

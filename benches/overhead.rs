@@ -18,14 +18,14 @@ use slipstream_draft::model_proposer::{ModelProposer, ModelProposerOptions};
 use slipstream_model::batch::RaggedBatch;
 use slipstream_model::clock::{Clock, MonotonicClock};
 use slipstream_model::forward::{Forward, ForwardError, ForwardLimits, Logits};
-use slipstream_model::ids::{DraftEpoch, SequenceId, TokenId};
+use slipstream_model::ids::{BlockId, DraftEpoch, SequenceId, TokenId};
 use slipstream_model::kernels::Isa;
 use slipstream_model::kv_pool::KvType;
 use slipstream_model::load::{LoadOptions, LoadedModel, ModelSource, load};
 use slipstream_model::packed::PackedLlama;
 use slipstream_model::sampling::SamplingParams;
 use slipstream_model::transformer::{Transformer, TransformerOptions};
-use slipstream_server::engine::request::{Request, Speculation};
+use slipstream_server::engine::request::{PrefixReuse, Priority, Request, Speculation, TenantId};
 use slipstream_server::engine::{Engine, EngineConfig, EngineParts};
 
 #[derive(Parser)]
@@ -67,6 +67,10 @@ impl Forward for Timed {
         let result = self.network.forward(batch, logits);
         self.taken_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
         result
+    }
+
+    fn copy_block(&mut self, from: BlockId, to: BlockId) {
+        self.network.copy_block(from, to);
     }
 }
 
@@ -122,6 +126,7 @@ impl Bench {
             proposer: Some(Box::new(ModelProposer::new(draft, DraftEpoch(1), options))),
             token_bytes,
             clock: Arc::clone(&clock),
+            cache_key: [7; 32],
         });
         Ok(Self { engine, clock, prompts, tokens: args.tokens, next_id: 0, forward_ns })
     }
@@ -147,6 +152,10 @@ impl Bench {
                 speculation,
                 arrival: self.clock.now(),
                 deadline: None,
+                tenant: TenantId::default(),
+                priority: Priority::Normal,
+                prefix_reuse: PrefixReuse::salted(""),
+                sibling: None,
             };
             self.engine.submit(id, request)?;
             self.engine.step(); // the prompt, and a draft that has seen nothing yet

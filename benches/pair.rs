@@ -131,6 +131,7 @@ impl Pair {
             proposer: Some(Box::new(proposer)),
             token_bytes: self.verifier.tokenizer.token_bytes(),
             clock,
+            cache_key: [7; 32],
         }))
     }
 }

@@ -27,7 +27,7 @@ use slipstream_proto::v1::generate_request::Prompt;
 use slipstream_proto::v1::speculation::Mode;
 use slipstream_server::config::{Config, EdgeConfig, ModelFlags};
 use slipstream_server::engine::event::Event;
-use slipstream_server::engine::request::{Request, Speculation};
+use slipstream_server::engine::request::{PrefixReuse, Priority, Request, Speculation, TenantId};
 use slipstream_server::engine::runner::EngineThread;
 use slipstream_server::handle::{Canceller, EngineHandle};
 use slipstream_server::local::{LocalServer, connect};
@@ -308,6 +308,10 @@ fn request(asked: Asked, speculation: Speculation, arrival: Micros) -> Request {
         speculation,
         arrival,
         deadline: None,
+        tenant: TenantId::default(),
+        priority: Priority::Normal,
+        prefix_reuse: PrefixReuse::salted(""),
+        sibling: None,
     }
 }
 

@@ -10,7 +10,7 @@ use slipstream_draft::proposer::Proposer;
 use slipstream_model::batch::RaggedBatch;
 use slipstream_model::clock::{Micros, MonotonicClock};
 use slipstream_model::forward::{Forward, ForwardError, ForwardLimits, Logits};
-use slipstream_model::ids::{DraftEpoch, SequenceId, TokenId};
+use slipstream_model::ids::{BlockId, DraftEpoch, SequenceId, TokenId};
 use slipstream_model::kernels::Isa;
 use slipstream_model::kv_pool::KvType;
 use slipstream_model::load::{LoadOptions, LoadedModel, ModelSource, load};
@@ -47,6 +47,10 @@ impl Forward for Network {
         allocation_counter::opt_out(|| result = self.0.forward(batch, logits));
         result
     }
+
+    fn copy_block(&mut self, from: BlockId, to: BlockId) {
+        self.0.copy_block(from, to);
+    }
 }
 
 fn read(path: &str) -> LoadedModel {
@@ -77,6 +81,7 @@ fn engine() -> Engine {
         proposer: Some(proposer),
         token_bytes,
         clock: Arc::new(MonotonicClock::start()),
+        cache_key: [7; 32],
     })
 }
 

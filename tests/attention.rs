@@ -209,7 +209,14 @@ impl World {
             let tokens = vec![TokenId(0); num_rows];
             let block_table = &self.tables[sequence];
             let (logits_from, owner) = (0, 0);
-            batch.push(SegmentInput { tokens: &tokens, start, block_table, logits_from, owner });
+            batch.push(SegmentInput {
+                tokens: &tokens,
+                start,
+                block_table,
+                logits_from,
+                owner,
+                scope: 0,
+            });
             let positions = start..start + num_rows;
             places.extend(positions.map(|position| RowPlace { segment, position }));
             let numbers = start * self.row_len()..(start + num_rows) * self.row_len();

@@ -50,6 +50,7 @@ fn run(cases: &[Case], kind: DraftKind, max_running: usize) -> Vec<(Collected, u
         proposer: draft(lm(), kind, cases, &clock),
         token_bytes: Arc::new(TokenBytes::new(pieces(VOCAB_SIZE))),
         clock: Arc::<VirtualClock>::clone(&clock) as Arc<dyn Clock>,
+        cache_key: [7; 32],
     });
     for (case, id) in cases.iter().zip(1..) {
         engine.submit(SequenceId(id), case.request.clone()).unwrap();

@@ -84,6 +84,7 @@ impl Experiment {
             proposer,
             token_bytes: Arc::new(TokenBytes::new(vec!["a"; self.vocab_size])),
             clock: Arc::new(VirtualClock::default()),
+            cache_key: [7; 32],
         })
     }
 

@@ -165,6 +165,7 @@ fn transformer_logits(model: &LoadedModel, isa: Isa, tokens: &[TokenId]) -> Vec<
         block_table: &block_table,
         logits_from: 0,
         owner: 0,
+        scope: 0,
     });
     let mut logits = Logits::new();
     network.forward(&batch, &mut logits).unwrap();

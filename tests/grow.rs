@@ -83,7 +83,7 @@ fn logits(model: LoadedModel) -> Vec<u32> {
     let mut network = Transformer::new(packed, options).unwrap();
     let (mut batch, mut logits) = (RaggedBatch::new(), Logits::new());
     let (tokens, block_table) = (&tokens[..], &table[..]);
-    batch.push(SegmentInput { tokens, start: 0, block_table, logits_from: 0, owner: 1 });
+    batch.push(SegmentInput { tokens, start: 0, block_table, logits_from: 0, owner: 1, scope: 0 });
     network.forward(&batch, &mut logits).unwrap();
     (0..logits.num_rows()).flat_map(|row| logits.row(row)).map(|logit| logit.to_bits()).collect()
 }

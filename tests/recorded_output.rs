@@ -138,6 +138,7 @@ fn check_recorded_output() {
             proposer: Some(Box::new(proposer)),
             token_bytes: tokenizer.token_bytes(),
             clock: Arc::new(MonotonicClock::start()),
+            cache_key: [7; 32],
         });
         let speculation = Speculation::Fixed(draft_len);
         let requests: Vec<Request> =

@@ -156,7 +156,7 @@ fn segment<'a>(
     start: usize,
     block_table: &'a [BlockId],
 ) -> SegmentInput<'a> {
-    SegmentInput { tokens, start, block_table, logits_from: 0, owner: 0 }
+    SegmentInput { tokens, start, block_table, logits_from: 0, owner: 0, scope: 0 }
 }
 
 fn blocks(ids: std::ops::Range<usize>) -> Vec<BlockId> {
@@ -230,6 +230,7 @@ fn drive(network: &mut Transformer, streams: &mut [Stream], rng: &mut Rng, label
                 block_table: &stream.table,
                 logits_from,
                 owner: index as u64,
+                scope: 0,
             });
             rows.extend((start + logits_from..start + chunk_len).map(|position| (index, position)));
             stream.computed_len += chunk_len;

@@ -188,6 +188,7 @@ impl ModelProposer {
                 block_table: self.cache.block_table(item.sequence),
                 logits_from: if reaches_end { run.num_rows - 1 } else { run.num_rows },
                 owner: item.sequence.0,
+                scope: item.scope,
             });
         }
         num_caught_up

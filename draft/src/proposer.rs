@@ -12,6 +12,8 @@ use crate::fault::DraftFault;
 pub struct ProposeWork<'a> {
     /// The sequence.
     pub sequence: SequenceId,
+    /// Among whom its KV may be shared; see `Segment::scope`.
+    pub scope: u64,
     /// All its known tokens: prompt, then output.
     pub history: &'a [TokenId],
     /// Tokens of `history` that are prompt.

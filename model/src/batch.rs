@@ -20,6 +20,9 @@ pub struct Segment {
     /// Whose KV this is. Real models ignore it; the simulator's hash LM mixes it in, so that a
     /// block read by the wrong owner changes the output at once.
     pub owner: u64,
+    /// Among whom its KV may be shared. Real models ignore it; the hash LM mixes it in, so that a
+    /// block read across tenants changes the output at once.
+    pub scope: u64,
 }
 
 impl Segment {
@@ -43,6 +46,8 @@ pub struct SegmentInput<'a> {
     pub logits_from: usize,
     /// See [`Segment::owner`].
     pub owner: u64,
+    /// See [`Segment::scope`].
+    pub scope: u64,
 }
 
 /// The rows of one forward pass. Reused from step to step: [`clear`](Self::clear) keeps capacity.
@@ -98,6 +103,7 @@ impl RaggedBatch {
             blocks: first_block..self.block_ids.len(),
             logits_from: input.logits_from,
             owner: input.owner,
+            scope: input.scope,
         });
     }
 

@@ -103,4 +103,8 @@ pub trait Forward: Send {
     /// # Errors
     /// Any [`ForwardError`]; KV of the batch's rows is then undefined.
     fn forward(&mut self, batch: &RaggedBatch, logits: &mut Logits) -> Result<(), ForwardError>;
+
+    /// Copies all keys and values of block `from` to block `to`, so that a sequence can go on in a
+    /// block of its own behind a beginning that it shares. Both must lie in the pool.
+    fn copy_block(&mut self, from: BlockId, to: BlockId);
 }

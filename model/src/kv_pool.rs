@@ -170,6 +170,26 @@ impl KvPool {
         }
     }
 
+    /// Copies the keys and values of all layers and heads of one block to another.
+    ///
+    /// # Panics
+    /// When a block is not in the pool.
+    pub fn copy_block(&mut self, from: BlockId, to: BlockId) {
+        assert!(from.index() < self.num_blocks && to.index() < self.num_blocks, "blocks in pool");
+        let len = self.num_kv_heads * BLOCK_LEN * self.head_dim;
+        let layer_len = self.num_blocks * len;
+        match &mut self.numbers {
+            Numbers::F32 { keys, values } => {
+                copy_in_layers(keys.as_mut_slice(), layer_len, len, (from, to));
+                copy_in_layers(values.as_mut_slice(), layer_len, len, (from, to));
+            }
+            Numbers::F16 { keys, values } => {
+                copy_in_layers(keys.as_mut_slice(), layer_len, len, (from, to));
+                copy_in_layers(values.as_mut_slice(), layer_len, len, (from, to));
+            }
+        }
+    }
+
     /// Keys of one block and head, `[BLOCK_LEN, head_dim]`.
     #[must_use]
     pub fn keys(&self, layer: usize, block: BlockId, kv_head: usize) -> KvNumbers<'_> {
@@ -194,5 +214,19 @@ impl KvPool {
         let len = BLOCK_LEN * self.head_dim;
         let index = (layer * self.num_blocks + block.index()) * self.num_kv_heads + kv_head;
         index * len..(index + 1) * len
+    }
+}
+
+/// Copies one block to another in every layer. `numbers` is `[layers, layer_len]`, a block is `len`
+/// numbers.
+fn copy_in_layers<T: Copy>(
+    numbers: &mut [T],
+    layer_len: usize,
+    len: usize,
+    (from, to): (BlockId, BlockId),
+) {
+    for layer in numbers.chunks_exact_mut(layer_len) {
+        let start = from.index() * len;
+        layer.copy_within(start..start + len, to.index() * len);
     }
 }

@@ -11,6 +11,7 @@ use crate::attention::{Attention, AttentionScratch, RowPlace};
 use crate::batch::RaggedBatch;
 use crate::compute::{Compute, InputRows};
 use crate::forward::{Forward, ForwardError, ForwardLimits, Logits};
+use crate::ids::BlockId;
 use crate::kernels::{self, Isa};
 use crate::kv_pool::{KvPool, KvPoolOptions, KvType, Slot};
 use crate::linear::{Product, multiply};
@@ -265,6 +266,10 @@ impl Forward for Transformer {
         }
         self.head(logits);
         Ok(())
+    }
+
+    fn copy_block(&mut self, from: BlockId, to: BlockId) {
+        self.pool.copy_block(from, to);
     }
 }
 

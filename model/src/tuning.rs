@@ -84,6 +84,7 @@ impl<'a> Pass<'a> {
             block_table: &[BlockId(0)],
             logits_from: 0,
             owner: 0,
+            scope: 0,
         });
         Self { network, batch, logits: Logits::new() }
     }

@@ -293,7 +293,7 @@ mod tests {
     use slipstream_model::sampling::SamplingParams;
 
     use super::{CancelReason, Canceller, Command, EngineHandle, Request, Submission};
-    use crate::engine::request::{Speculation, SubmitError};
+    use crate::engine::request::{PrefixReuse, Priority, Speculation, SubmitError, TenantId};
 
     fn request() -> Request {
         Request {
@@ -306,6 +306,10 @@ mod tests {
             speculation: Speculation::Off,
             arrival: Micros(0),
             deadline: None,
+            tenant: TenantId::default(),
+            priority: Priority::Normal,
+            prefix_reuse: PrefixReuse::salted(""),
+            sibling: None,
         }
     }
 

@@ -98,6 +98,9 @@ pub enum StartupError {
         /// What is wrong.
         source: ModelError,
     },
+    /// The operating system gives no random numbers.
+    #[error("the operating system gives no random numbers")]
+    NoRandomness,
     /// The engine thread could not be started.
     #[error("cannot start the engine thread: {0}")]
     Thread(#[from] io::Error),
@@ -215,9 +218,17 @@ pub fn assemble(config: &Config, clock: Arc<dyn Clock>) -> Result<Assembly, Star
         proposer,
         token_bytes: served.tokenizer.token_bytes(),
         clock,
+        cache_key: cache_key()?,
     });
     log_ready(begun.elapsed());
     Ok(Assembly { engine, served, sizes })
+}
+
+/// A secret from the operating system.
+fn cache_key() -> Result<[u8; 32], StartupError> {
+    let mut key = [0; 32];
+    getrandom::fill(&mut key).map_err(|_| StartupError::NoRandomness)?;
+    Ok(key)
 }
 
 /// The verifier, split into what the edge and what the engine needs.

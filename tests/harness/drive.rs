@@ -79,6 +79,7 @@ pub fn hash_engine(
         proposer: draft(lm, kind, cases, &clock),
         token_bytes: Arc::new(TokenBytes::new(pieces)),
         clock: Arc::<VirtualClock>::clone(&clock) as Arc<dyn Clock>,
+        cache_key: [7; 32],
     });
     (engine, probe)
 }

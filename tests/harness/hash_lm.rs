@@ -269,6 +269,17 @@ impl Forward for HashLm {
         }
         Ok(())
     }
+
+    fn copy_block(&mut self, from: BlockId, to: BlockId) {
+        let probe = self.probe.clone();
+        let mut store = probe.lock();
+        for offset in 0..BLOCK_LEN {
+            let slot = store.slots[from.index() * BLOCK_LEN + offset];
+            let copied = StoredSlot { block: to, ..slot };
+            store.slots[to.index() * BLOCK_LEN + offset] =
+                if slot == UNWRITTEN { slot } else { copied };
+        }
+    }
 }
 
 /// Writes the slots of all rows before any is read, as a transformer's layer does.
@@ -329,6 +340,7 @@ mod tests {
             block_table: &blocks.map(BlockId),
             logits_from: 0,
             owner,
+            scope: 0,
         });
         let mut logits = Logits::new();
         lm.forward(&batch, &mut logits).expect("the batch is in range");
@@ -389,7 +401,14 @@ mod tests {
         let mut batch = RaggedBatch::new();
         let block_table = &blocks.map(BlockId);
         let (start, logits_from, owner) = (0, 90, 1);
-        batch.push(SegmentInput { tokens: &tokens, start, block_table, logits_from, owner });
+        batch.push(SegmentInput {
+            tokens: &tokens,
+            start,
+            block_table,
+            logits_from,
+            owner,
+            scope: 0,
+        });
         assert!(lm.forward(&batch, &mut Logits::new()).is_err());
         assert_ne!(rows(&mut lm, &tokens, 89, blocks, 1), wanted[89..], "the slots are nonsense");
     }

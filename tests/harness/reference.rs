@@ -36,6 +36,7 @@ struct SingleRow<'a> {
     batch: RaggedBatch,
     logits: Logits,
     owner: u64,
+    scope: u64,
 }
 
 impl SingleRow<'_> {
@@ -48,6 +49,7 @@ impl SingleRow<'_> {
             block_table: &self.blocks,
             logits_from: 0,
             owner: self.owner,
+            scope: self.scope,
         });
         self.forward.forward(&self.batch, &mut self.logits).expect("the oracle's forward works");
         self.logits.row(0)
@@ -69,7 +71,8 @@ pub fn decode(
     assert!(num_blocks <= forward.limits().num_blocks, "the oracle's pool is too small");
     let blocks = (0..num_blocks).map(|block| BlockId(u32::try_from(block).unwrap())).collect();
     let (batch, logits) = (RaggedBatch::new(), Logits::new());
-    let mut rows = SingleRow { forward, blocks, batch, logits, owner };
+    let scope = request.scope().tag();
+    let mut rows = SingleRow { forward, blocks, batch, logits, owner, scope };
     let mut history = request.prompt.clone();
     history.extend_from_slice(&request.output_prefix);
     let mut run = Run::new(pieces, request);

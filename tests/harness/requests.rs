@@ -4,7 +4,7 @@
 use slipstream_model::clock::Micros;
 use slipstream_model::ids::TokenId;
 use slipstream_model::sampling::SamplingParams;
-use slipstream_server::engine::request::{Request, Speculation};
+use slipstream_server::engine::request::{PrefixReuse, Priority, Request, Speculation, TenantId};
 
 use crate::pieces::{END, stop_string};
 use crate::random::Rng;
@@ -23,6 +23,10 @@ pub fn plain_request(prompt: Vec<TokenId>, max_tokens: usize) -> Request {
         speculation: Speculation::Auto,
         arrival: Micros(0),
         deadline: None,
+        tenant: TenantId::default(),
+        priority: Priority::Normal,
+        prefix_reuse: PrefixReuse::salted(""),
+        sibling: None,
     }
 }
 
@@ -98,5 +102,9 @@ pub fn random_request(rng: &mut Rng, sizes: RequestSizes, pieces: &[Vec<u8>]) ->
         },
         arrival: Micros(0),
         deadline: None,
+        tenant: TenantId::default(),
+        priority: Priority::Normal,
+        prefix_reuse: PrefixReuse::salted(""),
+        sibling: None,
     }
 }

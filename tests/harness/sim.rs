@@ -74,6 +74,7 @@ impl Climate {
                 draft_len_max: *rng.pick(&[0, 1, 2, 4, 8, 8, 8]),
                 propose_budget: Micros(1_000),
                 quarantine_after: *rng.pick(&[1, 3, 1_000, 1_000, 1_000]),
+                ..EngineConfig::default()
             },
             sizes,
             num_requests: rng.between(3, 60),
@@ -131,6 +132,7 @@ impl World {
             proposer: None,
             token_bytes: Arc::new(TokenBytes::new(&pieces)),
             clock: Arc::<VirtualClock>::clone(&clock),
+            cache_key: [7; 32],
         });
         let mut world = Self {
             checker: Checker::new(climate.config, verifier.clone()),

@@ -73,4 +73,9 @@ impl Forward for TableLm {
         }
         Ok(())
     }
+
+    fn copy_block(&mut self, from: BlockId, to: BlockId) {
+        let start = from.index() * BLOCK_LEN;
+        self.slots.copy_within(start..start + BLOCK_LEN, to.index() * BLOCK_LEN);
+    }
 }

@@ -17,6 +17,8 @@ use crate::acceptance::{FinalToken, Judgement, judge};
 pub struct VerifyWork<'a> {
     /// The sequence.
     pub sequence: SequenceId,
+    /// Among whom its KV may be shared; see `Segment::scope`.
+    pub scope: u64,
     /// All its known tokens: prompt, then output.
     pub history: &'a [TokenId],
     /// Tokens of `history` that are prompt.
@@ -126,6 +128,11 @@ impl Verifier {
         self.forward.limits()
     }
 
+    /// Copies a KV block; see [`Forward::copy_block`].
+    pub fn copy_block(&mut self, from: BlockId, to: BlockId) {
+        self.forward.copy_block(from, to);
+    }
+
     /// Computes all rows of `work` in one forward pass and replaces `verdicts` by one entry per
     /// item.
     ///
@@ -167,6 +174,7 @@ impl Verifier {
             block_table: item.block_table,
             logits_from,
             owner: item.sequence.0,
+            scope: item.scope,
         });
     }
 

@@ -160,7 +160,8 @@ fn compare(
     for (pass, tokens) in read.chunks(PASS_ROWS).enumerate() {
         let start = pass * PASS_ROWS;
         batch.clear();
-        batch.push(SegmentInput { tokens, start, block_table: &table, logits_from: 0, owner: 1 });
+        let block_table = &table;
+        batch.push(SegmentInput { tokens, start, block_table, logits_from: 0, owner: 1, scope: 0 });
         for (network, logits) in networks.iter_mut().zip(&mut logits) {
             network.forward(&batch, logits)?;
         }

@@ -51,6 +51,22 @@ pub struct Counters {
     pub preemptions: u64,
     /// Steps in which the verifier failed.
     pub verifier_failures: u64,
+    /// Known tokens of sequences that started, or started again, with the prefix cache allowed.
+    pub looked_up: u64,
+    /// Of these, tokens whose KV was there.
+    pub cached: u64,
+    /// Cached blocks given up because their room was needed.
+    pub evicted_blocks: u64,
+    /// Shared blocks copied because a sequence wrote to them.
+    pub copied_blocks: u64,
+    /// Preemptions that made room for a tenant with less than its share; part of `preemptions`.
+    pub fair_preemptions: u64,
+    /// Times that a sequence paused because its reader was behind.
+    pub pauses: u64,
+    /// Requests refused because the queue was full.
+    pub shed: u64,
+    /// Requests refused because their deadline could not be met.
+    pub refused_late: u64,
 }
 
 impl Counters {
@@ -121,8 +137,15 @@ pub struct EngineSnapshot {
     pub num_held: usize,
     /// KV blocks of the verifier's pool.
     pub num_blocks: usize,
-    /// Of these, blocks that nobody holds.
+    /// Of these, blocks that nobody holds and that hold nothing of use.
     pub num_free_blocks: usize,
+    /// Of these, blocks that no sequence holds but the prefix cache keeps. They count as free when
+    /// room is needed.
+    pub num_cached_blocks: usize,
+    /// Running sequences that wait for their readers.
+    pub num_paused: usize,
+    /// Waiting ones by priority, in the order of `Priority::ALL`.
+    pub waiting_by_priority: [usize; 3],
     /// Longest draft length of a request.
     pub draft_len_max: usize,
     /// Whether a draft is installed.

@@ -132,6 +132,10 @@ pub struct Usage {
     pub output_tokens: usize,
     /// Output tokens the client brought along.
     pub prefix_tokens: usize,
+    /// Prompt tokens whose KV was there already, from an earlier request or a sibling.
+    pub cached_tokens: usize,
+    /// Times that its KV was taken back and recomputed.
+    pub preemptions: usize,
 }
 
 /// Spans of one request, from its arrival.

@@ -29,7 +29,7 @@ use slipstream_verifier::verifier::Verifier;
 use event::{CancelReason, Event, FinishReason, Finished, Timings, Usage};
 use output::{Output, StopRules};
 use proposing::Draft;
-use request::{Request, SubmitError};
+use request::{PrefixScope, Priority, Request, SubmitError, TenantId};
 use sequence::Sequence;
 
 pub use counters::{Counters, EngineSnapshot, FinishedBy, POSITIONS_MAX};
@@ -54,6 +54,20 @@ pub struct EngineConfig {
     pub propose_budget: Micros,
     /// Consecutive faulty steps after which a draft is not asked any more.
     pub quarantine_after: usize,
+    /// How long a step may take while somebody's output is running: chunks of prompts are cut to
+    /// that. Steps may always take one and a half times what the decode rows alone take.
+    pub step_target: Micros,
+    /// Released tokens that may wait for a reader before its sequence pauses; at least 1.
+    pub unread_tokens_max: usize,
+    /// Times that a sequence can be preempted. When it starts again after the last, it holds all
+    /// the blocks it can ever need.
+    pub preemptions_max: usize,
+    /// A waiting request counts as one class more urgent after each such time.
+    pub priority_aging: Micros,
+    /// Whether KV of earlier requests is kept for later ones.
+    pub prefix_reuse: bool,
+    /// Consecutive failures of the verifier after which the engine ends.
+    pub verifier_failures_max: usize,
 }
 
 impl Default for EngineConfig {
@@ -66,6 +80,12 @@ impl Default for EngineConfig {
             draft_len_max: 8,
             propose_budget: Micros(50_000),
             quarantine_after: 3,
+            step_target: Micros(50_000),
+            unread_tokens_max: 512,
+            preemptions_max: 3,
+            priority_aging: Micros(10_000_000),
+            prefix_reuse: true,
+            verifier_failures_max: 3,
         }
     }
 }
@@ -82,6 +102,8 @@ pub struct EngineParts {
     pub token_bytes: Arc<TokenBytes>,
     /// Where to read the time.
     pub clock: Arc<dyn Clock>,
+    /// Secret of the prefix cache's hashes, so that nobody can make two prefixes look alike.
+    pub cache_key: [u8; 32],
 }
 
 /// One sequence as invariant checks see it.
@@ -99,6 +121,20 @@ pub struct SequenceView<'a> {
     pub computed_len: usize,
     /// KV blocks held, in position order.
     pub blocks: &'a [BlockId],
+    /// Whose request it is.
+    pub tenant: TenantId,
+    /// How urgent it is.
+    pub priority: Priority,
+    /// Among whom its KV may be shared.
+    pub scope: PrefixScope,
+    /// Prompt positions whose KV it found.
+    pub cached_len: usize,
+    /// Times that its blocks were taken back.
+    pub num_preemptions: usize,
+    /// Whether it holds all blocks it can ever need and is never preempted again.
+    pub is_pinned: bool,
+    /// Whether it waits for its reader.
+    pub is_paused: bool,
 }
 
 /// The engine. See the module's documentation.
@@ -183,7 +219,7 @@ impl Engine {
         let live = self.sequences.values().filter(|sequence| !sequence.is_finished());
         let limit = self.config.max_running + self.config.max_waiting;
         if live.count() >= limit {
-            return Err(SubmitError::QueueFull { limit });
+            return Err(SubmitError::QueueFull { limit, retry_after: Micros(1_000_000) });
         }
         Ok(())
     }
@@ -248,6 +284,8 @@ impl Engine {
                 prompt_tokens: sequence.request.prompt.len(),
                 output_tokens: sequence.output.num_tokens(),
                 prefix_tokens: sequence.request.output_prefix.len(),
+                cached_tokens: sequence.cached_len,
+                preemptions: sequence.num_preemptions,
             },
             timings: Timings {
                 queue: sequence.first_planned.map(|at| at.since(arrival)),
@@ -306,6 +344,13 @@ impl Engine {
             prompt_len: sequence.request.prompt.len(),
             computed_len: sequence.computed_len,
             blocks: sequence.blocks.blocks(),
+            tenant: sequence.request.tenant,
+            priority: sequence.request.priority,
+            scope: sequence.request.scope(),
+            cached_len: sequence.cached_len,
+            num_preemptions: sequence.num_preemptions,
+            is_pinned: false,
+            is_paused: false,
         })
     }
 
@@ -319,6 +364,13 @@ impl Engine {
     #[must_use]
     pub fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// Whether the verifier failed too often: nothing can be computed any more, and the engine is
+    /// to be shut down.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        false
     }
 
     /// Whether the installed draft is in quarantine.

@@ -32,6 +32,12 @@ const RESERVED_TOKENS_MAX: usize = 2048;
 pub(super) struct Sequence {
     pub(super) id: SequenceId,
     pub(super) request: Request,
+    /// Among whom its KV may be shared, as batches carry it.
+    pub(super) scope: u64,
+    /// Prompt positions whose KV it found.
+    pub(super) cached_len: usize,
+    /// Times that its blocks were taken back.
+    pub(super) num_preemptions: usize,
     /// Prompt, output prefix, output: all known tokens.
     pub(super) tokens: Vec<TokenId>,
     /// Positions whose verifier KV is in `blocks`.
@@ -52,6 +58,9 @@ impl Sequence {
         tokens.extend_from_slice(&request.output_prefix);
         Self {
             id,
+            scope: request.scope().tag(),
+            cached_len: 0,
+            num_preemptions: 0,
             tokens,
             output,
             request,

@@ -87,6 +87,7 @@ impl Engine {
             sequence.advance(Phase::Preempted);
             sequence.computed_len = 0;
             self.blocks.release(&mut sequence.blocks);
+            sequence.num_preemptions += 1;
             self.counters.preemptions += 1;
         }
         for id in &plan.admit {
@@ -111,6 +112,7 @@ impl Engine {
             let sequence = &self.sequences[&rows.id];
             ProposeWork {
                 sequence: rows.id,
+                scope: sequence.scope,
                 history: &sequence.tokens,
                 prompt_len: sequence.request.prompt.len(),
                 params: &sequence.request.params,
@@ -138,6 +140,7 @@ impl Engine {
             let sequence = &sequences[&rows.id];
             VerifyWork {
                 sequence: rows.id,
+                scope: sequence.scope,
                 history: &sequence.tokens,
                 prompt_len: sequence.request.prompt.len(),
                 computed_len: sequence.computed_len,

@@ -164,7 +164,7 @@ impl CallError {
                 field(Code::OutOfRange, "OVER_CONTEXT", name, problem.clone())
             }
             Self::Refused(Refusal::Pool { field: name, problem }) => {
-                field(Code::OutOfRange, "OVER_KV_POOL", name, problem.clone())
+                field(Code::ResourceExhausted, "OVER_KV_POOL", name, problem.clone())
             }
             Self::Refused(Refusal::UnknownModel { wanted, .. }) => {
                 Meaning { detail: Detail::Model(wanted), ..plain(Code::NotFound, "UNKNOWN_MODEL") }
@@ -176,10 +176,14 @@ impl CallError {
                 field(Code::OutOfRange, "OVER_CONTEXT", "max_tokens", self.to_string())
             }
             Self::NotTaken(SubmitError::NeverFits { .. }) => {
-                field(Code::OutOfRange, "OVER_KV_POOL", "max_tokens", self.to_string())
+                field(Code::ResourceExhausted, "OVER_KV_POOL", "max_tokens", self.to_string())
             }
-            Self::NotTaken(SubmitError::QueueFull { limit }) => {
-                full("QUEUE_FULL", "requests running or waiting", *limit, QUEUE_RETRY)
+            Self::NotTaken(SubmitError::QueueFull { limit, retry_after }) => {
+                let retry = Duration::from_micros(retry_after.0);
+                full("QUEUE_FULL", "requests running or waiting", *limit, retry)
+            }
+            Self::NotTaken(SubmitError::TooLate { .. }) => {
+                plain(Code::DeadlineExceeded, "DEADLINE_TOO_SHORT")
             }
             Self::NotTaken(SubmitError::TooManyRequests { limit }) => {
                 full("TOO_MANY_REQUESTS", "live requests", *limit, QUEUE_RETRY)
@@ -241,6 +245,7 @@ mod tests {
     use std::time::Duration;
 
     use slipstream_model::choice::ChoiceFault;
+    use slipstream_model::clock::Micros;
     use tonic::Code;
     use tonic_types::StatusExt;
 
@@ -276,7 +281,7 @@ mod tests {
                 Some("prompt"),
                 None,
             ),
-            (pool.into(), Code::OutOfRange, "OVER_KV_POOL", None, Some("max_tokens"), None),
+            (pool.into(), Code::ResourceExhausted, "OVER_KV_POOL", None, Some("max_tokens"), None),
             (unknown.into(), Code::NotFound, "UNKNOWN_MODEL", None, None, None),
             (
                 SubmitError::Invalid("x").into(),
@@ -287,13 +292,20 @@ mod tests {
                 None,
             ),
             (over_context.into(), Code::OutOfRange, "OVER_CONTEXT", None, Some("max_tokens"), None),
-            (never_fits.into(), Code::OutOfRange, "OVER_KV_POOL", None, Some("max_tokens"), None),
+            (
+                never_fits.into(),
+                Code::ResourceExhausted,
+                "OVER_KV_POOL",
+                None,
+                Some("max_tokens"),
+                None,
+            ),
         ]
     }
 
     fn exhausted() -> Vec<Case> {
         let code = Code::ResourceExhausted;
-        let queue = SubmitError::QueueFull { limit: 7 };
+        let queue = SubmitError::QueueFull { limit: 7, retry_after: Micros(1_000_000) };
         let requests = SubmitError::TooManyRequests { limit: 8 };
         let large = CallError::MessageTooLarge { size: "9 bytes".into(), limit: 8 };
         vec![

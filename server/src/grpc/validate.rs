@@ -13,7 +13,7 @@ use slipstream_proto::v1;
 use slipstream_proto::v1::generate_request::Prompt;
 use slipstream_proto::v1::speculation::Mode;
 
-use crate::engine::request::{Request, Speculation};
+use crate::engine::request::{PrefixReuse, Priority, Request, Speculation, TenantId};
 use crate::grpc::limits;
 use crate::grpc::refusal::Refusal;
 use crate::grpc::served::ServedModel;
@@ -67,6 +67,10 @@ pub(crate) fn validate(
         speculation,
         arrival: admission.arrival,
         deadline: admission.deadline,
+        tenant: TenantId::default(),
+        priority: Priority::Normal,
+        prefix_reuse: PrefixReuse::salted(""),
+        sibling: None,
     };
     Ok(Validated { request, stop_strings: wire.stop_strings })
 }
