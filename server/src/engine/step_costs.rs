@@ -43,8 +43,9 @@ const YOUNG: u32 = 4;
 /// Rows that are taken to need [`FIRST_GUESS_US`] before anything was measured.
 const FIRST_GUESS_ROWS: usize = 32;
 const FIRST_GUESS_US: f64 = 50_000.0;
-/// Weight of that guess beside a measured cell.
+/// Weight of that guess beside a measured cell, until there are enough of those.
 const GUESS_WEIGHT: f64 = 1e-3;
+const CELLS_ENOUGH: usize = 4;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Cell {
@@ -154,10 +155,11 @@ impl StepCosts {
             us: FIRST_GUESS_US,
         };
         let mut normal = Normal::default();
-        normal.add(&guess, GUESS_WEIGHT);
-        for cell in self.cells.iter().filter(|cell| cell.num > 0) {
-            normal.add(cell, 1.0);
+        let measured = self.cells.iter().filter(|cell| cell.num > 0);
+        if measured.clone().count() < CELLS_ENOUGH {
+            normal.add(&guess, GUESS_WEIGHT);
         }
+        measured.for_each(|cell| normal.add(cell, 1.0));
         self.fit = normal.solve();
     }
 }
