@@ -118,11 +118,13 @@ impl Planner<'_> {
         let final_len =
             if is_pinned { sequence.request.max_len() } else { sequence.tokens.len() + 1 };
         let lacks = |planner: &Self| {
+            if planner.num_running() >= planner.around.config.max_running {
+                return true;
+            }
             let beginning = planner.beginning(sequence);
             let wanted = BlockManager::blocks_for(final_len) + beginning.num_copies;
             let needed = wanted.saturating_sub(beginning.num_taken) + beginning.num_idle;
-            let has_seat = planner.num_running() < planner.around.config.max_running;
-            !has_seat || needed + planner.room.outstanding > planner.room.available
+            needed + planner.room.outstanding > planner.room.available
         };
         if lacks(self) && !self.preempt_fairly(&waiting, lacks) {
             return false;
