@@ -262,10 +262,10 @@ fn of_two_settings_that_exclude_each_other_the_higher_layer_wins() {
 /// The line that a server with these flags logs about its KV memory.
 fn kv_memory(flags: &[&str]) -> Value {
     let args = ["serve", "--listen=127.0.0.1:0", "--log-format=json"];
-    let mut command = slipstream(&[&args, &micro_pair::FLAGS[..], flags].concat());
+    let mut command = slipstream(&[&args, flags].concat());
     let mut process = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let lines = BufReader::new(process.stderr.take().unwrap()).lines().map_while(Result::ok);
-    let mut lines = lines.map(|line| serde_json::from_str::<Value>(&line).unwrap());
+    let mut lines = lines.map(|line| serde_json::from_str::<Value>(&line).expect(&line));
     let found = lines.find(|line| line["fields"]["message"] == "KV memory");
     process.kill().unwrap();
     process.wait().unwrap();
@@ -275,20 +275,21 @@ fn kv_memory(flags: &[&str]) -> Value {
 #[test]
 fn one_budget_is_for_the_kv_of_verifier_and_draft() {
     let number = |line: &Value, key| line[key].as_u64().expect(key);
-    let one = kv_memory(&["--kv-blocks=1"]);
+    let of_pair = |flag: &str| kv_memory(&[&micro_pair::FLAGS[..], &[flag]].concat());
+    let one = of_pair("--kv-blocks=1");
     assert_eq!((number(&one, "capacity_tokens"), &one["from"]), (16, &"--kv-blocks".into()));
     let both = number(&one, "verifier_bytes") + number(&one, "draft_bytes");
     assert!(number(&one, "draft_bytes") > 0);
     let budget = 10 * both + both / 2;
-    let set = kv_memory(&[&format!("--kv-memory={budget}")]);
+    let set = of_pair(&format!("--kv-memory={budget}"));
     assert_eq!(number(&set, "capacity_tokens"), 160);
     assert_eq!(number(&set, "verifier_bytes") + number(&set, "draft_bytes"), 10 * both);
-    let alone = kv_memory(&["--kv-memory=1MiB", "--draft-model=none"]);
+    let alone = kv_memory(&["--model", micro_pair::VERIFIER, "--kv-memory=1MiB"]);
     let tokens = 16 * ((1 << 20) / number(&one, "verifier_bytes"));
     assert_eq!((number(&alone, "capacity_tokens"), number(&alone, "draft_bytes")), (tokens, 0));
     assert_eq!(alone["from"], "--kv-memory 1MiB");
     // Two requests of 1024 positions each, and as much again for those before them.
-    let derived = kv_memory(&["--max-running=2"]);
+    let derived = of_pair("--max-running=2");
     assert_eq!(number(&derived, "capacity_tokens"), 4096);
     assert!(derived["from"].as_str().unwrap().contains("--max-running 2"), "{derived}");
 }

@@ -171,7 +171,6 @@ enum Waited {
 impl Served {
     /// Serves, drains when told to, and ends.
     async fn run(mut self, config: &EdgeConfig) -> Result<(), RunError> {
-        let limit = config.step_limit;
         tokio::select! {
             () = self.shutdown.drain() => {}
             ended = &mut self.engine_end => {
@@ -179,7 +178,7 @@ impl Served {
                 self.edge.close(CLOSING_GRACE).await;
                 return Err(unasked_end(ended));
             }
-            age = self.watchdog.hung() => return self.give_up(RunError::EngineHung { age, limit }).await,
+            age = self.watchdog.hung() => return self.give_up(age, config).await,
             never = self.edge.ended() => match never {},
         }
         self.drain(config).await
@@ -188,7 +187,7 @@ impl Served {
     /// Lets running requests finish, ends the rest, and waits for the engine.
     async fn drain(mut self, config: &EdgeConfig) -> Result<(), RunError> {
         let begun = Instant::now();
-        let (grace, limit) = (config.grace, config.step_limit);
+        let grace = config.grace;
         tracing::info!(running = self.engine.num_live(), grace_s = grace.as_secs(), "draining");
         self.engine.drain();
         self.edge.begin_drain();
@@ -197,7 +196,7 @@ impl Served {
             () = self.shutdown.force() => Waited::Forced,
             () = self.edge.calls.all_ended() => Waited::Finished,
             () = tokio::time::sleep(grace) => Waited::GraceOver,
-            age = self.watchdog.hung() => return self.give_up(RunError::EngineHung { age, limit }).await,
+            age = self.watchdog.hung() => return self.give_up(age, config).await,
         };
         if waited == Waited::GraceOver {
             tracing::warn!(running = self.engine.num_live(), "grace is over: the rest is ended");
@@ -208,7 +207,7 @@ impl Served {
         let ended = tokio::select! {
             ended = &mut self.engine_end => Some(ended),
             age = self.watchdog.hung(), if waited != Waited::Forced => {
-                return self.give_up(RunError::EngineHung { age, limit }).await;
+                return self.give_up(age, config).await;
             }
             () = self.shutdown.force() => {
                 waited = Waited::Forced;
@@ -233,12 +232,13 @@ impl Served {
 
     /// Ends without the engine, which does not come back: its calls get their status from the
     /// edge, and its thread is left behind.
-    async fn give_up(self, error: RunError) -> Result<(), RunError> {
-        tracing::error!(running = self.engine.num_live(), %error, "giving the engine up");
+    async fn give_up(self, age: Duration, config: &EdgeConfig) -> Result<(), RunError> {
+        let age_ms = age.as_millis() as u64;
+        tracing::error!(running = self.engine.num_live(), age_ms, "giving the engine up");
         self.engine.give_up();
         self.edge.begin_drain();
         self.edge.close(CLOSING_GRACE).await;
-        Err(error)
+        Err(RunError::EngineHung { age, limit: config.step_limit })
     }
 }
 
