@@ -253,8 +253,8 @@ impl Phase {
         let predicted_shed = 100.0 * (1.0 - predicted / self.offered_per_s);
         writeln!(
             out,
-            "{:>5.0}%{:>9.2}{:>10.2}{:>8.2}{:>10.0}{:>10.1}{:>10.1}{:>9.2}{:>9.2}{:>8.1}{:>7.1}{:>7}\
-             {:>9.0}{:>7.0}{:>8.1}",
+            "{:>5.0}%{:>9.2}{:>10.2}{:>8.2}{:>10.0}{:>10.1}{:>10.1}{:>9.2}{:>9.2}{:>8.1}{:>7.1}\
+             {:>7}{:>9.0}{:>7.0}{:>8.1}",
             self.percent,
             self.offered_per_s,
             self.finished_per_s(),
@@ -353,8 +353,8 @@ fn conclude(phases: &[Phase], serving: &Serving, out: &mut impl Write) -> anyhow
     let left = number("requests_submitted_total") - number("requests_released_total");
     writeln!(
         out,
-        "left behind: {left} requests, {} blocks; preemptions {}, shed by the engine {}, pauses {}; \
-         prefix cache {} of {} tokens, {} blocks evicted",
+        "left behind: {left} requests, {} blocks; preemptions {}, shed by the engine {}, pauses \
+         {}; prefix cache {} of {} tokens, {} blocks evicted",
         number("kv_blocks_used"),
         number("num_preemptions_total"),
         number("requests_shed_total"),
@@ -376,8 +376,8 @@ fn main() -> anyhow::Result<()> {
     });
     writeln!(
         out,
-        "{}\n{model}, server and clients in one process; Poisson arrivals, {} s per phase, seed {}; \
-         prompts and outputs log-normal with medians {} and {}, at most {} tokens\nTTFT and TPOT \
+        "{}\n{model}, server and clients in one process; Poisson arrivals, {} s per phase, seed \
+         {}; prompts and outputs log-normal with medians {} and {}, at most {} tokens\nTTFT and TPOT \
          over requests that ended well, from the intended arrival; goodput in tokens/s",
         machine::describe(),
         args.seconds,

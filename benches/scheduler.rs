@@ -227,8 +227,8 @@ fn main() -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     writeln!(
         out,
-        "{}\n{} rounds of {} steps, {} tenants; medians and spans, in microseconds of a step without \
-         the network\npredicted: the step grows with those who run, the same for each of them, and \
+        "{}\n{} rounds of {} steps, {} tenants; medians and spans, in microseconds of a step \
+         without the network\npredicted: the step grows with those who run, the same for each of them, and \
          hardly with those who wait",
         machine::describe(),
         args.rounds,
