@@ -28,7 +28,7 @@ const VOCAB_SIZE: usize = 64;
 const CONTEXT_LEN: usize = 1 << 15;
 /// Tokens of every prompt.
 const PROMPT_LEN: usize = 32;
-/// Steps before measuring: everybody has begun.
+/// Steps before measuring in which everybody takes part.
 const WARM_UP: usize = 64;
 /// Running requests beside whom others wait.
 const RUNNING_BESIDE: usize = 8;
@@ -115,13 +115,13 @@ impl Bench {
         let Load { running, waiting } = load;
         let clock: Arc<dyn Clock> = Arc::new(MonotonicClock::start());
         let taken_ns = Arc::new(AtomicU64::new(0));
-        let num_steps = WARM_UP + (args.rounds + 1) * args.steps;
-        let max_tokens = num_steps + PROMPT_LEN * running;
+        let num_steps = 2 * WARM_UP + running + (args.rounds + 1) * args.steps;
+        let max_tokens = num_steps + PROMPT_LEN;
         ensure!(PROMPT_LEN + max_tokens <= CONTEXT_LEN, "fewer steps, or fewer rounds");
         let num_blocks = (running + 1) * (PROMPT_LEN + max_tokens).div_ceil(16);
         let mut engine = Engine::new(EngineParts {
             config: EngineConfig {
-                step_tokens_max: running.max(256),
+                step_tokens_max: running + 256,
                 max_running: running,
                 max_waiting: waiting,
                 // Everybody stays in the class it came with.
@@ -140,13 +140,16 @@ impl Bench {
             engine.submit(SequenceId(id as u64), request)?;
         }
         let mut bench = Self { engine, load, taken_ns, costs: Vec::new(), news: Vec::new() };
-        for _ in 0..WARM_UP + PROMPT_LEN * running / 256 {
-            bench.engine.step();
+        // Prompts first, and then everybody as it goes on.
+        let mut num_settled = 0;
+        for _ in 0..2 * WARM_UP + running {
+            let report = bench.engine.step();
             bench.take_events()?;
+            let snapshot = bench.engine.snapshot();
+            let found = (snapshot.num_running, snapshot.num_waiting, report.num_rows);
+            num_settled += usize::from(found == (running, waiting, running));
         }
-        let snapshot = bench.engine.snapshot();
-        let found = (snapshot.num_running, snapshot.num_waiting);
-        ensure!(found == (running, waiting), "{found:?} run and wait");
+        ensure!(num_settled >= WARM_UP, "{num_settled} steps in which {running} run");
         Ok(bench)
     }
 

@@ -20,6 +20,9 @@ use slipstream_tests::client::{
 use slipstream_tests::plain_http::get;
 use slipstream_tests::serving::Serving;
 use tonic::{Code, Streaming};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_slipstream-under-test");
 const PROMPT: &str = "use std::collections::HashMap;\n";
@@ -142,6 +145,20 @@ async fn codes(streams: Vec<Streaming<v1::GenerateEvent>>) -> Vec<Code> {
     codes
 }
 
+/// Waits until gRPC health says this.
+async fn until_health(server: &LocalServer, wanted: ServingStatus) {
+    let mut health = HealthClient::new(server.channel());
+    let begun = Instant::now();
+    loop {
+        let request = HealthCheckRequest { service: String::new() };
+        if health.check(request).await.unwrap().into_inner().status() == wanted {
+            return;
+        }
+        assert!(begun.elapsed() < PATIENCE, "health never says {wanted:?}");
+        tokio::task::yield_now().await;
+    }
+}
+
 async fn run_error(server: LocalServer) -> RunError {
     match tokio::time::timeout(PATIENCE, server.stop()).await.expect("it ends") {
         Err(LocalServerError::Run(error)) => error,
@@ -236,12 +253,14 @@ fn a_late_step_makes_probes_fail_until_it_is_over() {
             tokio::task::yield_now().await;
         };
         let ready = get(server.address(), "/ready").await;
+        until_health(&server, ServingStatus::NotServing).await;
         switch.set(Mood::Works);
         assert_eq!((sick.status, ready.status), (503, 503));
         let reason = sick.json()["reason"].as_str().unwrap().to_owned();
         assert!(reason.contains("1.5s") && reason.contains("--step-limit"), "{reason}");
         // It is over: everything goes on as if nothing had been.
         assert_eq!(codes(streams).await, [Code::Ok; 2]);
+        until_health(&server, ServingStatus::Serving).await;
         assert_eq!(get(server.address(), "/health").await.status, 200);
         assert_eq!(get(server.address(), "/ready").await.status, 200);
         server.stop().await.unwrap();

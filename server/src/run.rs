@@ -113,7 +113,8 @@ pub(crate) async fn run_reporting(
     let backend = Arc::new(OnceLock::new());
     let clock: Arc<dyn Clock> = Arc::new(MonotonicClock::start());
     let metrics = Arc::new(Metrics::new(&clock, stage.subscribe()));
-    let watchdog = Watchdog::new(Arc::clone(&metrics), config.edge.step_limit);
+    let limit = config.edge.step_limit;
+    let watchdog = Watchdog::new(Arc::clone(&metrics), limit, stage.clone());
     let mut edge =
         Edge::open(listeners, &config.edge, Arc::clone(&backend), (stage, Arc::clone(&metrics)))
             .await;

@@ -5,8 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use slipstream_model::clock::Micros;
+use tokio::sync::watch;
 
 use crate::metrics::Metrics;
+use crate::stage::Stage;
 
 /// How often the engine is looked at within one limit.
 const LOOKS_PER_LIMIT: u32 = 8;
@@ -21,14 +23,15 @@ const LIMITS_TO_GIVE_UP: u32 = 2;
 pub(crate) struct Watchdog {
     metrics: Arc<Metrics>,
     limit: Duration,
+    stage: watch::Sender<Stage>,
     /// Whether the step in progress has been reported.
     is_reported: bool,
 }
 
 impl Watchdog {
-    /// For steps that may take `limit`.
-    pub(crate) fn new(metrics: Arc<Metrics>, limit: Duration) -> Self {
-        Self { metrics, limit, is_reported: false }
+    /// For steps that may take `limit`. While one takes longer, a serving server is stuck.
+    pub(crate) fn new(metrics: Arc<Metrics>, limit: Duration, stage: watch::Sender<Stage>) -> Self {
+        Self { metrics, limit, stage, is_reported: false }
     }
 
     /// Resolves when a step has taken so long that its end is not waited for: with its age. May be
@@ -51,12 +54,27 @@ impl Watchdog {
         let age = Duration::from_micros(age);
         let (age_ms, limit_ms) = (age.as_millis() as u64, self.limit.as_millis() as u64);
         match (age > self.limit, self.is_reported) {
-            (true, false) => tracing::error!(age_ms, limit_ms, "the engine hangs inside a step"),
-            (false, true) => tracing::warn!(limit_ms, "the engine has come back from a long step"),
+            (true, false) => {
+                tracing::error!(age_ms, limit_ms, "the engine hangs inside a step");
+                self.moves([Stage::Serving, Stage::Stuck]);
+            }
+            (false, true) => {
+                tracing::warn!(limit_ms, "the engine has come back from a long step");
+                self.moves([Stage::Stuck, Stage::Serving]);
+            }
             (true, true) | (false, false) => {}
         }
         self.is_reported = age > self.limit;
         age
+    }
+
+    /// A server that drains goes on draining.
+    fn moves(&self, [from, to]: [Stage; 2]) {
+        self.stage.send_if_modified(|stage| {
+            let is_there = *stage == from;
+            *stage = if is_there { to } else { *stage };
+            is_there
+        });
     }
 }
 
@@ -70,7 +88,7 @@ mod tests {
 
     use super::Watchdog;
     use crate::metrics::{Metrics, ServedName};
-    use crate::stage;
+    use crate::stage::{self, Stage};
 
     /// Time that stands where it was put.
     #[derive(Default)]
@@ -86,16 +104,18 @@ mod tests {
     async fn a_step_is_reported_at_the_limit_and_given_up_at_twice_that() {
         let hand = Arc::new(Hand::default());
         let clock: Arc<dyn Clock> = Arc::<Hand>::clone(&hand);
-        let (_stage, stages) = stage::channel();
+        let (stage, stages) = stage::channel();
+        stage.send_replace(Stage::Serving);
         let metrics = Arc::new(Metrics::new(&clock, stages));
         let served = ServedName { model: String::new(), fingerprint: String::new() };
         let recorder = metrics.engine_starts(served);
-        let mut watchdog = Watchdog::new(Arc::clone(&metrics), Duration::from_millis(5));
+        let mut watchdog = Watchdog::new(Arc::clone(&metrics), Duration::from_millis(5), stage);
         recorder.step_begins();
         for (now, is_reported) in [(5_000, false), (5_001, true), (10_000, true)] {
             hand.0.store(now, Ordering::Relaxed);
             assert_eq!(watchdog.look(), Duration::from_micros(now));
             assert_eq!(watchdog.is_reported, is_reported, "at {now} us");
+            assert_eq!(metrics.stage() == Stage::Stuck, is_reported, "at {now} us");
         }
         let mut hung = Box::pin(watchdog.hung());
         let is_early = tokio::select! {
@@ -108,6 +128,10 @@ mod tests {
         assert_eq!(hung.await, Duration::from_micros(10_001));
         recorder.step_begins(); // so the one before has ended
         assert_eq!(watchdog.look(), Duration::ZERO);
-        assert!(!watchdog.is_reported);
+        assert!(!watchdog.is_reported && metrics.stage() == Stage::Serving);
+        recorder.step_begins();
+        watchdog.stage.send_replace(Stage::Draining);
+        hand.0.store(20_000, Ordering::Relaxed);
+        assert!(watchdog.look() > watchdog.limit && metrics.stage() == Stage::Draining);
     }
 }

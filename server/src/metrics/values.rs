@@ -86,7 +86,7 @@ pub(super) fn connections_closed(stats: &NetStats) -> Vec<Sample> {
 }
 
 pub(super) fn stages(r: &Reading<'_>) -> Vec<Sample> {
-    let all = [Stage::Loading, Stage::Serving, Stage::Draining];
+    let all = [Stage::Loading, Stage::Serving, Stage::Stuck, Stage::Draining];
     all.map(|stage| named(stage.name(), u64::from(r.stage == stage))).to_vec()
 }
 
