@@ -2,13 +2,16 @@
 //! dropping its stream or by its canceller. Knows tokio and the engine's messages; never touches
 //! engine state.
 
+use std::future::poll_fn;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use crossbeam::channel::Sender;
 use slipstream_model::ids::SequenceId;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::futures::OwnedNotified;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, TryAcquireError, mpsc, oneshot};
 
 use crate::engine::event::{CancelReason, Event, OutputToken};
 use crate::engine::request::{Request, SubmitError};
@@ -59,6 +62,8 @@ pub struct EngineHandle {
     permits: Arc<Semaphore>,
     max_requests: usize,
     next_id: Arc<AtomicU64>,
+    /// Tells every stream when the engine is given up.
+    given_up: Arc<Notify>,
 }
 
 impl EngineHandle {
@@ -73,7 +78,8 @@ impl EngineHandle {
     #[must_use]
     pub fn new(commands: Sender<Command>, max_requests: usize) -> Self {
         let permits = Arc::new(Semaphore::new(max_requests));
-        Self { commands, permits, max_requests, next_id: Arc::new(AtomicU64::new(0)) }
+        let next_id = Arc::new(AtomicU64::new(0));
+        Self { commands, permits, max_requests, next_id, given_up: Arc::default() }
     }
 
     /// Hands a request to the engine. It ends early when the stream of its events is dropped, or
@@ -87,22 +93,31 @@ impl EngineHandle {
         request: Request,
         canceller: &Canceller,
     ) -> Result<RequestStream, SubmitError> {
-        let permit = Arc::clone(&self.permits)
-            .try_acquire_owned()
-            .map_err(|_| SubmitError::TooManyRequests { limit: self.max_requests })?;
+        // Before the permit: whoever gives the engine up closes the permits first.
+        let given_up = Box::pin(Arc::clone(&self.given_up).notified_owned());
+        let permit = Arc::clone(&self.permits).try_acquire_owned().map_err(|full| match full {
+            TryAcquireError::NoPermits => SubmitError::TooManyRequests { limit: self.max_requests },
+            TryAcquireError::Closed => SubmitError::ShuttingDown,
+        })?;
         let id = SequenceId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let (events, receiver) = mpsc::channel(EVENT_QUEUE_LEN);
         // From here on the engine may know the request: whatever happens to this future, the
         // stream's drop tells it to forget.
         let unread = Unread::of(&events);
-        let stream = RequestStream { id, receiver, unread, canceller: canceller.clone() };
+        let mut stream =
+            RequestStream { id, receiver, unread, canceller: canceller.clone(), given_up };
         let (reply, answer) = oneshot::channel();
         let canceller = canceller.clone();
         let submission = Box::new(Submission { id, request, events, canceller, reply });
         if !stream.canceller.submit(submission, &self.commands, permit)? {
             return Ok(stream);
         }
-        match answer.await {
+        let answer = tokio::select! {
+            biased;
+            answer = answer => answer,
+            () = stream.given_up.as_mut() => return Err(SubmitError::ShuttingDown),
+        };
+        match answer {
             Ok(Ok(())) => Ok(stream),
             Ok(Err(error)) => {
                 stream.canceller.release();
@@ -123,6 +138,13 @@ impl EngineHandle {
     /// Ends every request and the engine thread.
     pub fn stop(&self) {
         let _ = self.commands.try_send(Command::Stop);
+    }
+
+    /// Ends every stream and takes no requests any more, without the engine, which does not come
+    /// back: its requests end as if it had gone.
+    pub(crate) fn give_up(&self) {
+        self.permits.close();
+        self.given_up.notify_waiters();
     }
 
     /// Requests that are alive now: from submission until the engine has ended them, whether or not
@@ -226,18 +248,23 @@ pub struct RequestStream {
     receiver: mpsc::Receiver<Event>,
     unread: Unread,
     canceller: Canceller,
+    /// Resolves when the engine is given up.
+    given_up: Pin<Box<OwnedNotified>>,
 }
 
 impl RequestStream {
     /// The next event; `None` after [`Event::Finished`], after a cancel, or when the engine has
-    /// ended.
+    /// ended or was given up.
     pub async fn next(&mut self) -> Option<Event> {
-        self.receiver.recv().await
+        poll_fn(|cx| self.poll_next(cx)).await
     }
 
     /// The same for hand-written streams.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
-        self.receiver.poll_recv(cx)
+        match self.receiver.poll_recv(cx) {
+            Poll::Pending if self.given_up.as_mut().poll(cx).is_ready() => Poll::Ready(None),
+            news => news,
+        }
     }
 
     /// The id the engine knows the request by.
