@@ -22,6 +22,11 @@ pub const EVENT_QUEUE_LEN: usize = 32;
 
 const _: () = assert!(size_of::<OutputToken>() <= 32);
 
+/// Requests beyond those that the engine holds that may be on their way to it. It refuses them
+/// itself, because it knows when to come back; what comes beyond these is refused here, so that a
+/// flood costs the engine nothing.
+const REFUSALS_MAX: usize = 64;
+
 /// What the network side asks of the engine thread. Every live request has room for its two
 /// commands reserved in the queue, so sending never blocks and a cancel is never lost.
 #[derive(Debug)]
@@ -61,18 +66,41 @@ pub struct EngineHandle {
     next_id: Arc<AtomicU64>,
 }
 
+/// A request that was sent off, and where its answer comes.
+struct Sent {
+    stream: RequestStream,
+    /// `None` for one that was cancelled before: it has no answer and no events.
+    answer: Option<oneshot::Receiver<Result<(), SubmitError>>>,
+}
+
+impl Sent {
+    /// Waits until the engine has taken the request.
+    async fn taken(self) -> Result<RequestStream, SubmitError> {
+        let Some(answer) = self.answer else { return Ok(self.stream) };
+        match answer.await {
+            Ok(Ok(())) => Ok(self.stream),
+            Ok(Err(error)) => {
+                self.stream.canceller.release();
+                Err(error)
+            }
+            // It was cancelled before the engine saw it, and its command went with the engine.
+            Err(_) => Err(SubmitError::ShuttingDown),
+        }
+    }
+}
+
 impl EngineHandle {
-    /// Capacity of a command queue that serves `max_requests` live requests: two commands each, and
-    /// room for `Drain` and `Stop`.
+    /// Capacity of a command queue that serves `max_requests` live requests: two commands for each
+    /// of them and of those that the engine refuses, and room for `Drain` and `Stop`.
     #[must_use]
     pub fn queue_capacity(max_requests: usize) -> usize {
-        2 * max_requests + 8
+        2 * (max_requests + REFUSALS_MAX) + 8
     }
 
     /// A handle that sends into a queue of [`queue_capacity`](Self::queue_capacity).
     #[must_use]
     pub fn new(commands: Sender<Command>, max_requests: usize) -> Self {
-        let permits = Arc::new(Semaphore::new(max_requests));
+        let permits = Arc::new(Semaphore::new(max_requests + REFUSALS_MAX));
         Self { commands, permits, max_requests, next_id: Arc::new(AtomicU64::new(0)) }
     }
 
@@ -87,30 +115,68 @@ impl EngineHandle {
         request: Request,
         canceller: &Canceller,
     ) -> Result<RequestStream, SubmitError> {
-        let permit = Arc::clone(&self.permits)
-            .try_acquire_owned()
-            .map_err(|_| SubmitError::TooManyRequests { limit: self.max_requests })?;
+        let permit = self.permits(1)?;
+        self.send(request, canceller, permit)?.taken().await
+    }
+
+    /// Hands several samples of one request to the engine: `request` and, with the sample indices
+    /// behind its own, one more for every further canceller. All are taken or none; each ends early
+    /// as if it were alone. Returns their streams in the same order.
+    ///
+    /// # Errors
+    /// The first [`SubmitError`]; those taken before are cancelled.
+    pub async fn submit_samples(
+        &self,
+        request: Request,
+        cancellers: &[Canceller],
+    ) -> Result<Vec<RequestStream>, SubmitError> {
+        let mut permits = self.permits(cancellers.len())?;
+        let mut sent: Vec<Sent> = Vec::with_capacity(cancellers.len());
+        // All before the first answer: the engine sees them together, between two steps.
+        for (canceller, offset) in cancellers.iter().zip(0..) {
+            let mut sample = request.clone();
+            sample.params.sample_index += offset;
+            sample.sibling = sent.first().map(|first| first.stream.id);
+            let permit = permits.split(1).ok_or(SubmitError::Invalid("a sample has no place"))?;
+            sent.push(self.send(sample, canceller, permit)?);
+        }
+        let mut streams = Vec::with_capacity(sent.len());
+        for sent in sent {
+            streams.push(sent.taken().await?);
+        }
+        Ok(streams)
+    }
+
+    /// Places for so many requests, all or none.
+    fn permits(&self, num: usize) -> Result<OwnedSemaphorePermit, SubmitError> {
+        let full = SubmitError::TooManyRequests { limit: self.max_requests };
+        let num = u32::try_from(num).map_err(|_| full.clone())?;
+        Arc::clone(&self.permits).try_acquire_many_owned(num).map_err(|_| full)
+    }
+
+    /// Sends a request off. From here on the engine may know it: whatever happens to the future
+    /// that waits for its answer, the stream's drop tells the engine to forget.
+    fn send(
+        &self,
+        request: Request,
+        canceller: &Canceller,
+        permit: OwnedSemaphorePermit,
+    ) -> Result<Sent, SubmitError> {
         let id = SequenceId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let (events, receiver) = mpsc::channel(EVENT_QUEUE_LEN);
-        // From here on the engine may know the request: whatever happens to this future, the
-        // stream's drop tells it to forget.
         let unread = Unread::of(&events);
         let stream = RequestStream { id, receiver, unread, canceller: canceller.clone() };
         let (reply, answer) = oneshot::channel();
         let canceller = canceller.clone();
         let submission = Box::new(Submission { id, request, events, canceller, reply });
-        if !stream.canceller.submit(submission, &self.commands, permit)? {
-            return Ok(stream);
-        }
-        match answer.await {
-            Ok(Ok(())) => Ok(stream),
-            Ok(Err(error)) => {
-                stream.canceller.release();
-                Err(error)
-            }
-            // It was cancelled before the engine saw it, and its command went with the engine.
-            Err(_) => Err(SubmitError::ShuttingDown),
-        }
+        let is_sent = stream.canceller.submit(submission, &self.commands, permit)?;
+        Ok(Sent { stream, answer: is_sent.then_some(answer) })
+    }
+
+    /// Requests that can be alive at the same time.
+    #[must_use]
+    pub fn max_requests(&self) -> usize {
+        self.max_requests
     }
 
     /// Refuses new requests from now on.
@@ -129,7 +195,7 @@ impl EngineHandle {
     /// their last events were read.
     #[must_use]
     pub fn num_live(&self) -> usize {
-        self.max_requests - self.permits.available_permits()
+        self.max_requests + REFUSALS_MAX - self.permits.available_permits()
     }
 }
 
@@ -344,8 +410,6 @@ mod tests {
                 assert!(!canceller.cancel(CancelReason::Stalled), "only once");
                 assert_eq!(stream.cancelled(), Some(CancelReason::Aborted));
             }
-            let refused = handle.submit(request(), &Canceller::default()).await;
-            assert_eq!(refused.err(), Some(SubmitError::TooManyRequests { limit: 1 }));
             drop(submission);
             assert_eq!(stream.next().await, None);
             drop(stream);
@@ -389,6 +453,54 @@ mod tests {
         assert!(commands.try_recv().is_err());
         let again = handle.submit(request(), &canceller).await;
         assert!(again.is_ok(), "still nothing");
+    }
+
+    #[tokio::test]
+    async fn samples_go_together_and_come_back_together() {
+        let (sender, commands) = channel::bounded(EngineHandle::queue_capacity(3));
+        let handle = EngineHandle::new(sender, 3);
+        let cancellers: Vec<Canceller> = (0..3).map(|_| Canceller::default()).collect();
+        let mut first = request();
+        first.params.sample_index = 7;
+        let (streams, ()) = tokio::join!(handle.submit_samples(first, &cancellers), async {
+            let taken: Vec<_> = (0..3).map(|_| *take(&commands)).collect();
+            let what = |sample: &Submission| {
+                (sample.request.params.sample_index, sample.request.sibling)
+            };
+            let first = Some(taken[0].id);
+            let expected = [(7, None), (8, first), (9, first)];
+            assert_eq!(taken.iter().map(what).collect::<Vec<_>>(), expected);
+            assert_eq!(handle.num_live(), 3);
+            let full = SubmitError::QueueFull { limit: 2, retry_after: Micros(1) };
+            for (sample, answer) in taken.into_iter().zip([Ok(()), Err(full), Ok(())]) {
+                sample.reply.send(answer).expect("it is waited for");
+            }
+        });
+        assert!(matches!(streams, Err(SubmitError::QueueFull { limit: 2, .. })));
+        let cancelled: Vec<_> = commands.try_iter().collect();
+        assert_eq!(cancelled.len(), 2, "those that were taken: {cancelled:?}");
+        drop(cancelled);
+        assert_eq!(handle.num_live(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_flood_is_refused_without_the_engine() {
+        let (handle, commands) = one();
+        let many = vec![Canceller::default(); 1 + super::REFUSALS_MAX];
+        for cancellers in [&many[..], &vec![Canceller::default(); 2 + super::REFUSALS_MAX]] {
+            let refused = {
+                let submit = handle.submit_samples(request(), cancellers);
+                tokio::select! {
+                    biased;
+                    refused = submit => refused.err(),
+                    () = std::future::ready(()) => None,
+                }
+            };
+            let is_too_many = cancellers.len() > many.len();
+            let full = Some(SubmitError::TooManyRequests { limit: 1 });
+            assert_eq!(refused, full.filter(|_| is_too_many));
+        }
+        drop(commands);
     }
 
     #[tokio::test]
