@@ -218,9 +218,9 @@ impl LiveCall {
     fn has_stalled(&self) -> bool {
         let Some(samples) = self.samples.get() else { return false };
         let is_something_there = !self.is_waiting.load(Ordering::Relaxed)
-            || samples.iter().any(|sample| {
-                !sample.is_over.load(Ordering::Relaxed) && sample.unread.is_any()
-            });
+            || samples
+                .iter()
+                .any(|sample| !sample.is_over.load(Ordering::Relaxed) && sample.unread.is_any());
         let num_asked = self.num_asked.load(Ordering::Relaxed);
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         seen.num_idle = match seen.num_idle {

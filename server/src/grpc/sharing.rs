@@ -37,7 +37,8 @@ pub(crate) fn check_tenant<'a>(field: &str, name: &'a str) -> Result<&'a str, Re
         return Ok(name);
     }
     let limit = limits::TENANT_BYTES_MAX;
-    let problem = format!("must be 0 to {limit} visible ASCII characters, got {} bytes", name.len());
+    let problem =
+        format!("must be 0 to {limit} visible ASCII characters, got {} bytes", name.len());
     Err(Refusal::argument(field, problem))
 }
 

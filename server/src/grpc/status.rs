@@ -138,7 +138,13 @@ enum Detail<'a> {
     Full(&'static str, usize),
     /// A field whose wish the server could never grant, and what is wrong with it: how much it takes
     /// of what, and how much there is.
-    Never { field: &'a str, problem: String, subject: &'static str, wanted: usize, capacity: usize },
+    Never {
+        field: &'a str,
+        problem: String,
+        subject: &'static str,
+        wanted: usize,
+        capacity: usize,
+    },
     /// A model that is not there.
     Model(&'a str),
 }
