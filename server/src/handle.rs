@@ -268,7 +268,7 @@ impl Drop for RequestStream {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use crossbeam::channel;
     use slipstream_model::clock::Micros;
     use slipstream_model::ids::TokenId;
@@ -277,7 +277,8 @@ mod tests {
     use super::{CancelReason, Canceller, Command, EngineHandle, Request, Submission};
     use crate::engine::request::{PrefixReuse, Priority, Speculation, SubmitError, TenantId};
 
-    fn request() -> Request {
+    /// The least that can be asked.
+    pub(crate) fn request() -> Request {
         Request {
             prompt: vec![TokenId(0)],
             output_prefix: Vec::new(),

@@ -205,3 +205,172 @@ impl Stream for EventStream {
         Poll::Ready(Some(item))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use crossbeam::channel::{self, Receiver};
+    use slipstream_model::choice::ChoiceFault;
+    use tokio::sync::mpsc::Sender;
+
+    use super::{About, CallError, CancelReason, Completion, Context, Event, Poll, generate_event};
+    use crate::engine::event::{
+        FinishReason, Finished, SequenceFault, SpeculationUsage, Timings, TokensEvent, Usage,
+    };
+    use crate::grpc::calls::Calls;
+    use crate::grpc::live_calls::LiveCalls;
+    use crate::handle::tests::request;
+    use crate::handle::{Canceller, Command, EngineHandle};
+
+    /// The engine's end of one sample.
+    struct Working {
+        events: Sender<Event>,
+        canceller: Canceller,
+    }
+
+    impl Working {
+        fn put(&self, text: &str) {
+            let event = TokensEvent { text: text.to_owned(), ..TokensEvent::default() };
+            self.events.try_send(Event::Tokens(event)).expect("there is room");
+        }
+
+        /// As the engine does it: the place is free before the end can be read.
+        fn end(&self, reason: FinishReason) {
+            self.canceller.release();
+            let finished = Finished {
+                reason,
+                usage: Usage::default(),
+                timings: Timings::default(),
+                speculation: SpeculationUsage::default(),
+            };
+            self.events.try_send(Event::Finished(finished)).expect("there is room");
+        }
+    }
+
+    /// A completion of so many samples that the engine has taken, and the engine's ends of it.
+    async fn begin(num: usize) -> (Completion, Vec<Working>, Receiver<Command>) {
+        let stall_limit = std::time::Duration::from_secs(60);
+        let entry = LiveCalls::start(stall_limit).enter("id", Calls::new().begin());
+        let (sender, commands) = channel::bounded(EngineHandle::queue_capacity(num));
+        let handle = EngineHandle::new(sender, num);
+        let cancellers = entry.cancellers(num);
+        let (streams, working) =
+            tokio::join!(handle.submit_samples(request(), &cancellers), async {
+                let submissions = commands.try_iter().map(|command| match command {
+                    Command::Submit(submission) => submission,
+                    other => panic!("no request but {other:?}"),
+                });
+                let take = |submission: Box<crate::handle::Submission>| {
+                    submission.reply.send(Ok(())).expect("it is waited for");
+                    Working { events: submission.events, canceller: submission.canceller }
+                };
+                submissions.map(take).collect::<Vec<_>>()
+            });
+        let (request_id, stop_strings, token_bytes) = (String::new(), Vec::new(), None);
+        let about = About { entry, request_id, stop_strings, token_bytes, stall_limit };
+        (Completion::new(streams.expect("all were taken"), about), working, commands)
+    }
+
+    /// What there is to take now, up to the end: text or `.` by sample, and how it ended.
+    fn drain(completion: &mut Completion) -> (Vec<(u32, String)>, Option<CallError>) {
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut taken = Vec::new();
+        while !completion.is_over() {
+            match completion.poll_next(&mut cx) {
+                Poll::Pending => break,
+                Poll::Ready(Ok(generate_event::Event::Started(_))) => panic!("it has started"),
+                Poll::Ready(Ok(generate_event::Event::Tokens(event))) => {
+                    taken.push((event.sample, event.text));
+                }
+                Poll::Ready(Ok(generate_event::Event::Finished(end))) => {
+                    taken.push((end.sample, ".".to_owned()));
+                }
+                Poll::Ready(Err(error)) => return (taken, Some(error)),
+            }
+        }
+        (taken, None)
+    }
+
+    fn pairs(expected: &[(u32, &str)]) -> Vec<(u32, String)> {
+        expected.iter().map(|&(sample, text)| (sample, text.to_owned())).collect()
+    }
+
+    #[tokio::test]
+    async fn samples_take_turns_and_each_has_its_end() {
+        let (mut completion, working, commands) = begin(3).await;
+        for text in ["a", "b", "c", "d"] {
+            working[0].put(text);
+        }
+        working[1].put("e");
+        for text in ["f", "g"] {
+            working[2].put(text);
+        }
+        working[0].end(FinishReason::Length);
+        let turns =
+            [(0, "a"), (1, "e"), (2, "f"), (0, "b"), (2, "g"), (0, "c"), (0, "d"), (0, ".")];
+        assert_eq!(drain(&mut completion), (pairs(&turns), None));
+        working[2].end(FinishReason::Length);
+        working[1].put("h");
+        let (taken, error) = drain(&mut completion);
+        assert_eq!((taken.len(), error, completion.is_over()), (2, None, false));
+        working[1].end(FinishReason::Length);
+        assert_eq!(drain(&mut completion), (pairs(&[(1, ".")]), None));
+        assert!(completion.is_over());
+        drop(completion);
+        assert!(commands.try_recv().is_err(), "all ended by themselves");
+    }
+
+    #[tokio::test]
+    async fn the_fault_of_one_ends_all_behind_what_was_certain() {
+        let (mut completion, working, commands) = begin(3).await;
+        let fault = SequenceFault::Choice(ChoiceFault::AllMasked);
+        working[1].put("a");
+        working[1].end(FinishReason::Fault(fault));
+        working[2].end(FinishReason::Length);
+        assert_eq!(drain(&mut completion), (pairs(&[(1, "a"), (2, ".")]), None));
+        let cancelled: Vec<_> = commands.try_iter().collect();
+        assert!(matches!(cancelled[..], [Command::Cancel(_, CancelReason::ClientGone, _)]));
+        working[0].put("b");
+        drop(working);
+        let (taken, error) = drain(&mut completion);
+        assert_eq!((taken, error), (pairs(&[(0, "b")]), Some(CallError::Fault(fault))));
+    }
+
+    #[tokio::test]
+    async fn what_ends_all_at_once_waits_for_the_last_tokens_of_each() {
+        let (mut completion, working, commands) = begin(2).await;
+        working[0].put("a");
+        working[0].end(FinishReason::DeadlineExceeded);
+        assert_eq!(drain(&mut completion), (pairs(&[(0, "a")]), None), "the other's may come");
+        working[1].put("b");
+        working[1].end(FinishReason::DeadlineExceeded);
+        let late = Some(CallError::DeadlineExceeded);
+        assert_eq!(drain(&mut completion), (pairs(&[(1, "b")]), late));
+        assert!(commands.try_recv().is_err(), "nobody had to be told");
+    }
+
+    #[tokio::test]
+    async fn a_call_that_is_dropped_or_aborted_ends_all_its_samples() {
+        for is_aborted in [true, false] {
+            let (mut completion, working, commands) = begin(3).await;
+            working[1].end(FinishReason::Length);
+            let expected = match is_aborted {
+                true => {
+                    assert!(completion.about.entry.cancel(CancelReason::Aborted));
+                    drop(working);
+                    let (taken, error) = drain(&mut completion);
+                    assert_eq!((taken, error), (pairs(&[(1, ".")]), Some(CallError::Aborted)));
+                    CancelReason::Aborted
+                }
+                false => CancelReason::ClientGone,
+            };
+            drop(completion);
+            let told = commands.try_iter().map(|command| match command {
+                Command::Cancel(id, reason, _) => (id.0, reason),
+                other => panic!("no cancel but {other:?}"),
+            });
+            assert_eq!(told.collect::<Vec<_>>(), [(0, expected), (2, expected)]);
+        }
+    }
+}
