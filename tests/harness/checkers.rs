@@ -89,14 +89,14 @@ impl Checker {
         let mut owned = BTreeSet::new();
         for view in engine.sequences() {
             for &block in view.blocks {
-                claim(owned.insert(block), || format!("I1: {block:?} has two owners"))?;
-                claim(blocks.is_held(block), || format!("I1: {block:?} is owned and free"))?;
+                owned.insert(block);
+                claim(blocks.refs(block) > 0, || format!("I1: {block:?} is owned and free"))?;
             }
             claim(view.phase == Phase::Running || view.blocks.is_empty(), || {
                 format!("I1: sequence {} in {:?} holds blocks", view.id, view.phase)
             })?;
         }
-        claim(blocks.num_free() + owned.len() == blocks.num_blocks(), || {
+        claim(blocks.num_available() + owned.len() == blocks.num_blocks(), || {
             format!(
                 "I1: {} free and {} owned of {}",
                 blocks.num_free(),
@@ -175,7 +175,7 @@ impl Checker {
         let counters = engine.counters();
         let blocks = engine.blocks();
         claim(!engine.has_work() && engine.sequences().count() == 0, || "work is left".into())?;
-        claim(blocks.num_free() == blocks.num_blocks(), || "blocks are left".into())?;
+        claim(blocks.num_available() == blocks.num_blocks(), || "blocks are left".into())?;
         claim(
             counters.submitted == counters.finished && counters.finished == counters.released,
             || format!("requests are left: {counters:?}"),
