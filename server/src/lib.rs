@@ -1,6 +1,7 @@
 //! The slipstream server: `run(config, listeners, shutdown)` and the [`engine`] it runs.
 
 mod backend;
+mod canceller;
 pub mod cli;
 pub mod config;
 mod embedded;

@@ -18,6 +18,7 @@ mod listen;
 mod reach;
 mod request_flags;
 mod result_json;
+mod samples;
 mod self_test;
 mod serve;
 mod terminal;
