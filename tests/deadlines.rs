@@ -67,7 +67,7 @@ fn run(cases: &[Case], kind: DraftKind, max_running: usize) -> Vec<(Collected, u
         clock.advance(Micros(1));
         assert!(clock.now() < Micros(1_000), "work does not end");
     }
-    assert_eq!(engine.blocks().num_free(), lm().limits.num_blocks, "blocks are missing");
+    assert_eq!(engine.blocks().num_available(), lm().limits.num_blocks, "blocks are missing");
     received
 }
 
@@ -79,17 +79,15 @@ fn reason(collected: &Collected) -> FinishReason {
 fn a_deadline_ends_its_request_at_its_moment_and_nobody_else() {
     let pieces = pieces(VOCAB_SIZE);
     for (kind, draft_len) in [(DraftKind::None, 0), (DraftKind::Scripted(Behaviour::Perfect), 2)] {
-        for deadline in 0..=MAX_TOKENS as u64 + 1 {
+        for deadline in 1..=MAX_TOKENS as u64 + 1 {
             let mut requests =
                 [request(4, draft_len), request(5, draft_len), request(6, draft_len)];
             requests[1].deadline = Some(Micros(deadline));
             let cases = cases(&requests);
             let received = run(&cases, kind, 3);
             // The first step brings one token, every other one the proposal's and one more.
-            let num_tokens = match deadline as usize {
-                0 => 0,
-                steps => (1 + (steps - 1) * (draft_len + 1)).min(MAX_TOKENS),
-            };
+            let num_steps = deadline as usize;
+            let num_tokens = (1 + (num_steps - 1) * (draft_len + 1)).min(MAX_TOKENS);
             let context = format!("{kind:?}, deadline {deadline}");
             let (late, ended_at) = &received[1];
             assert_eq!(late.tokens.len(), num_tokens, "{context}");
@@ -111,7 +109,7 @@ fn a_deadline_ends_its_request_at_its_moment_and_nobody_else() {
 
 #[test]
 fn a_request_may_miss_its_deadline_in_the_queue() {
-    for deadline in 0..MAX_TOKENS as u64 {
+    for deadline in 1..MAX_TOKENS as u64 {
         let mut requests = [request(4, 0), request(5, 0), request(6, 0)];
         requests[1].deadline = Some(Micros(deadline));
         let cases = cases(&requests);

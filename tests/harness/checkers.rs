@@ -4,7 +4,6 @@
 
 mod order;
 mod pool;
-pub(crate) mod shim;
 
 use std::collections::BTreeMap;
 
@@ -28,12 +27,15 @@ struct Known {
     states: Vec<u64>,
     /// Its known length after the previous step.
     len: usize,
-    arrival: Micros,
+    /// Since when it has stood in line.
+    waiting_since: Micros,
+    /// Its prompt and whose KV of it it may share.
+    sibling: Option<SequenceId>,
     max_len: usize,
-    /// Whether it waits for another request's prompt.
-    is_follower: bool,
-    /// Whether its KV may be nobody else's.
+    /// Whether nothing of its KV may be kept for others.
     is_private: bool,
+    /// Whether others may share its prompt all the same.
+    has_followers: bool,
 }
 
 /// One sequence before a step.
@@ -44,6 +46,8 @@ struct Before {
     tokens_len: usize,
     computed_len: usize,
     is_paused: bool,
+    /// What its tenant was served.
+    service: u64,
 }
 
 /// The engine before a step.
@@ -89,15 +93,19 @@ impl Checker {
     }
 
     /// Learns of a request that was taken, and of all tokens it will ever have.
-    pub fn admit(&mut self, id: SequenceId, request: &Request, future: Vec<TokenId>) {
+    pub fn admit(&mut self, id: SequenceId, request: &Request, future: Vec<TokenId>, now: Micros) {
+        if let Some(leader) = request.sibling.and_then(|id| self.known.get_mut(&id)) {
+            leader.has_followers = true;
+        }
         let known = Known {
             states: self.lm.states(request.scope().tag(), &future),
             future,
             len: request.prompt.len() + request.output_prefix.len(),
-            arrival: request.arrival,
+            waiting_since: now,
+            sibling: request.sibling,
             max_len: request.max_len(),
-            is_follower: request.sibling.is_some(),
-            is_private: request.prefix_reuse == PrefixReuse::Off && request.sibling.is_none(),
+            is_private: request.prefix_reuse == PrefixReuse::Off,
+            has_followers: request.sibling.is_some(),
         };
         self.known.insert(id, known);
     }
@@ -116,6 +124,7 @@ impl Checker {
             tokens_len: view.tokens.len(),
             computed_len: view.computed_len,
             is_paused: view.is_paused,
+            service: engine.service(view.tenant),
         }));
     }
 
@@ -144,6 +153,12 @@ impl Checker {
         claim(num_committed == report.num_committed, || {
             format!("I3: {num_committed} tokens appeared, the step says {report:?}")
         })?;
+        for (before, view) in both(&self.before, engine) {
+            if before.phase == Phase::Running && view.phase == Phase::Preempted {
+                let known = self.known.get_mut(&view.id).expect("it was looked at above");
+                known.waiting_since = self.before.now;
+            }
+        }
         self.note(engine, coverage);
         Ok(())
     }
@@ -203,7 +218,7 @@ impl Checker {
             && counters.fair_preemptions <= counters.preemptions;
         claim(is_split_right, || format!("I6: parts and sums differ: {counters:?}"))?;
         let shown = engine.snapshot();
-        claim(shim::SKELETON || shown == expected_snapshot(engine, &shown), || {
+        claim(shown == expected_snapshot(engine, &shown), || {
             format!("I6: shown is {shown:?}, there is {:?}", expected_snapshot(engine, &shown))
         })
     }
@@ -255,7 +270,7 @@ impl Checker {
         let num_failed = self.failures_in_a_row;
         let is_over =
             after.panicked_calls > 0 || num_failed >= self.config.verifier_failures_max as u64;
-        claim(shim::SKELETON || engine.has_failed() == is_over, || {
+        claim(engine.has_failed() == is_over, || {
             format!("{num_failed} failures in a row, {after:?}: {}", engine.has_failed())
         })
     }
@@ -277,7 +292,7 @@ impl Checker {
     /// Notes what the last step did that only a comparison with the moment before it shows.
     fn note(&self, engine: &Engine, coverage: &mut Coverage) {
         let mut num_started = [0, 0]; // never computed before, preempted before
-        for (before, view) in self.both(engine) {
+        for (before, view) in both(&self.before, engine) {
             let starts = view.phase == Phase::Running && before.phase != Phase::Running;
             num_started[usize::from(before.phase == Phase::Preempted)] += usize::from(starts);
             let is_unpaused = before.is_paused && !view.is_paused && view.phase == Phase::Running;
@@ -291,17 +306,17 @@ impl Checker {
         let only_resumed = num_started[0] == 0 && num_started[1] > 0;
         coverage.note("resumed with hits", u64::from(only_resumed && hits > 0));
     }
+}
 
-    /// Every sequence that was there before the step and is still, as it was and as it is.
-    fn both<'a>(
-        &'a self,
-        engine: &'a Engine,
-    ) -> impl Iterator<Item = (Before, SequenceView<'a>)> + 'a {
-        let mut before = self.before.sequences.iter();
-        engine.sequences().filter_map(move |view| {
-            before.find(|before| before.id == view.id).map(|before| (*before, view))
-        })
-    }
+/// Every sequence that was there before the step and is still, as it was and as it is.
+fn both<'a>(
+    before: &'a Moment,
+    engine: &'a Engine,
+) -> impl Iterator<Item = (Before, SequenceView<'a>)> {
+    let mut before = before.sequences.iter();
+    engine.sequences().filter_map(move |view| {
+        before.find(|before| before.id == view.id).map(|before| (*before, view))
+    })
 }
 
 /// What a snapshot must show. What only the engine knows is taken from `shown`.
@@ -315,15 +330,17 @@ fn expected_snapshot(engine: &Engine, shown: &EngineSnapshot) -> EngineSnapshot 
         waiting_by_priority: [0; 3],
         num_blocks: engine.blocks().num_blocks(),
         num_free_blocks: engine.blocks().num_free(),
-        num_cached_blocks: pool::num_cached(engine),
+        num_cached_blocks: engine.blocks().num_cached(),
         is_draft_quarantined: engine.is_draft_quarantined(),
         ..*shown
     };
     for view in engine.sequences() {
         wanted.num_held += 1;
-        wanted.num_paused += usize::from(view.is_paused);
         match view.phase {
-            Phase::Running => wanted.num_running += 1,
+            Phase::Running => {
+                wanted.num_running += 1;
+                wanted.num_paused += usize::from(view.is_paused);
+            }
             Phase::Waiting | Phase::Preempted => {
                 wanted.num_waiting += 1;
                 wanted.waiting_by_priority[view.priority as usize] += 1;

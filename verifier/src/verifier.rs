@@ -133,6 +133,24 @@ impl Verifier {
         self.forward.copy_block(from, to);
     }
 
+    /// Computes rows of no sequence, to find out how long that takes. What they leave in the blocks
+    /// means nothing.
+    ///
+    /// # Errors
+    /// [`ForwardError`] when the pass failed.
+    pub fn rehearse(
+        &mut self,
+        tokens: &[TokenId],
+        start: usize,
+        block_table: &[BlockId],
+    ) -> Result<(), ForwardError> {
+        self.batch.clear();
+        let logits_from = tokens.len() - 1;
+        let (owner, scope) = (u64::MAX, 0);
+        self.batch.push(SegmentInput { tokens, start, block_table, logits_from, owner, scope });
+        self.forward.forward(&self.batch, &mut self.logits)
+    }
+
     /// Computes all rows of `work` in one forward pass and replaces `verdicts` by one entry per
     /// item.
     ///

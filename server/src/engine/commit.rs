@@ -8,9 +8,10 @@ use slipstream_verifier::acceptance::FinalToken;
 use slipstream_verifier::verifier::Verdict;
 
 use super::event::{FinishReason, OutputToken, Provenance, SequenceFault};
+use super::lifecycle::stop_rules;
 use super::scheduler::PlannedRows;
 use super::step::{StepReport, StepRoom};
-use super::{Engine, stop_rules};
+use super::{Engine, keeping};
 
 /// One token about to be committed.
 struct Commit {
@@ -98,6 +99,7 @@ impl Engine {
         }
         sequence.first_token.get_or_insert_with(|| self.clock.now());
         sequence.tokens.push(commit.token);
+        self.share.charge(sequence.request.tenant, 0, 1);
         let token = OutputToken {
             id: commit.token,
             logprob: commit.logprob,
@@ -118,8 +120,15 @@ impl Engine {
     fn keep_computed(&mut self, id: SequenceId, len: usize) {
         let sequence = self.sequences.get_mut(&id).expect("plans name known sequences");
         sequence.computed_len += len;
-        let keep_len = sequence.computed_len.max(sequence.tokens.len());
-        self.blocks.shrink(&mut sequence.blocks, keep_len);
+        if !sequence.is_pinned {
+            let keep_len = sequence.computed_len.max(sequence.tokens.len());
+            self.blocks.shrink(&mut sequence.blocks, keep_len);
+        }
+        keeping::remember_prompt(&self.config, &mut self.blocks, sequence);
+        let prompt_len = sequence.computed_len.min(sequence.request.prompt.len());
+        let num_new = prompt_len.saturating_sub(sequence.charged_len);
+        sequence.charged_len += num_new;
+        self.share.charge(sequence.request.tenant, num_new, 0);
     }
 
     /// Counts what the proposal of one sequence brought.

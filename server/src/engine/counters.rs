@@ -162,16 +162,23 @@ impl Engine {
             counters: self.counters,
             num_blocks: self.blocks.num_blocks(),
             num_free_blocks: self.blocks.num_free(),
+            num_cached_blocks: self.blocks.num_cached(),
             draft_len_max: self.config.draft_len_max,
             has_draft: self.draft.is_installed(),
             is_draft_quarantined: self.draft.is_quarantined(),
             ..EngineSnapshot::default()
         };
-        for SequenceView { phase, .. } in self.sequences() {
+        for SequenceView { phase, priority, is_paused, .. } in self.sequences() {
             snapshot.num_held += 1;
             match phase {
-                Phase::Running => snapshot.num_running += 1,
-                Phase::Waiting | Phase::Preempted => snapshot.num_waiting += 1,
+                Phase::Running => {
+                    snapshot.num_running += 1;
+                    snapshot.num_paused += usize::from(is_paused);
+                }
+                Phase::Waiting | Phase::Preempted => {
+                    snapshot.num_waiting += 1;
+                    snapshot.waiting_by_priority[priority as usize] += 1;
+                }
                 Phase::Finished(_) => {}
             }
         }

@@ -3,39 +3,48 @@
 //! [`Clock`]; `runner.rs` is the one place that connects it to threads and queues. Read `step.rs`
 //! first.
 
+mod block_pool;
 mod commit;
 mod counters;
 pub mod event;
+mod fair_share;
+mod keeping;
+mod lifecycle;
 mod output;
+mod prefix_cache;
 mod proposing;
+mod rehearsal;
 pub mod request;
 pub mod runner;
 mod scheduler;
 mod sequence;
 mod step;
+mod step_costs;
 mod stop;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use slipstream_draft::proposer::Proposer;
-use slipstream_model::block_manager::BlockManager;
 use slipstream_model::clock::{Clock, Micros};
 use slipstream_model::forward::Forward;
-use slipstream_model::ids::{BLOCK_LEN, BlockId, SequenceId, TokenId};
+use slipstream_model::ids::{BlockId, SequenceId, TokenId};
 use slipstream_model::token_bytes::TokenBytes;
 use slipstream_verifier::verifier::Verifier;
 
-use event::{CancelReason, Event, FinishReason, Finished, Timings, Usage};
-use output::{Output, StopRules};
+use event::Event;
+use fair_share::FairShare;
+use lifecycle::Ends;
 use proposing::Draft;
-use request::{PrefixScope, Priority, Request, SubmitError, TenantId};
+use request::{PrefixScope, Priority, TenantId};
 use sequence::Sequence;
+use step_costs::StepCosts;
 
+pub use block_pool::BlockPool;
 pub use counters::{Counters, EngineSnapshot, FinishedBy, POSITIONS_MAX};
 pub use sequence::Phase;
 pub use step::StepReport;
-use step::StepRoom;
+use step::{StepRoom, VerifierHealth};
 
 /// Bounds and policy of an engine. None of them can change an output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,11 +153,17 @@ pub struct Engine {
     draft: Draft,
     token_bytes: Arc<TokenBytes>,
     clock: Arc<dyn Clock>,
-    blocks: BlockManager,
-    /// All sequences by id, which is the order of service. Finished ones stay until their last
+    blocks: BlockPool,
+    /// All sequences by id, which is the order of arrival. Finished ones stay until their last
     /// event is taken.
     sequences: BTreeMap<SequenceId, Sequence>,
+    share: FairShare,
+    costs: StepCosts,
     counters: Counters,
+    /// Steps without a failure of the verifier since the last one with.
+    health: VerifierHealth,
+    /// When requests ended lately.
+    ends: Ends,
     room: StepRoom,
 }
 
@@ -157,7 +172,7 @@ impl Engine {
     #[must_use]
     pub fn new(parts: EngineParts) -> Self {
         let verifier = Verifier::new(parts.verifier);
-        let blocks = BlockManager::new(verifier.limits().num_blocks);
+        let blocks = BlockPool::new(verifier.limits().num_blocks, parts.cache_key);
         Self {
             config: parts.config,
             verifier,
@@ -166,135 +181,13 @@ impl Engine {
             clock: parts.clock,
             blocks,
             sequences: BTreeMap::new(),
+            share: FairShare::default(),
+            costs: StepCosts::default(),
             counters: Counters::default(),
+            health: VerifierHealth::default(),
+            ends: Ends::default(),
             room: StepRoom::default(),
         }
-    }
-
-    /// Takes a request. Ids are served in ascending order and never used twice.
-    ///
-    /// # Errors
-    /// [`SubmitError`]; the engine is then unchanged.
-    pub fn submit(&mut self, id: SequenceId, request: Request) -> Result<(), SubmitError> {
-        self.check(id, &request)?;
-        let mut output = Output::default();
-        let end = self.feed_prefix(&request, &mut output);
-        self.counters.submitted += 1;
-        self.counters.prompt_tokens += request.prompt.len() as u64;
-        let sequence = Sequence::new(id, request, output);
-        self.sequences.insert(id, sequence);
-        if let Some(reason) = end {
-            self.finish(id, reason);
-        }
-        Ok(())
-    }
-
-    /// Whether a request can be taken and will certainly fit.
-    fn check(&self, id: SequenceId, request: &Request) -> Result<(), SubmitError> {
-        let limits = self.verifier.limits();
-        if self.sequences.contains_key(&id) {
-            return Err(SubmitError::Invalid("sequence id is in use"));
-        }
-        if request.prompt.is_empty() {
-            return Err(SubmitError::Invalid("prompt is empty"));
-        }
-        if request.max_tokens == 0 || request.output_prefix.len() > request.max_tokens {
-            return Err(SubmitError::Invalid("max_tokens is zero or less than output_prefix"));
-        }
-        if request.stop_strings.iter().any(Vec::is_empty) {
-            return Err(SubmitError::Invalid("a stop string is empty"));
-        }
-        let mut ids = request.prompt.iter().chain(&request.output_prefix);
-        if ids.any(|token| token.index() >= limits.vocab_size) {
-            return Err(SubmitError::Invalid("a token id lies outside the vocabulary"));
-        }
-        let wanted = request.max_len();
-        if wanted > limits.context_len {
-            return Err(SubmitError::OverContext { wanted, context_len: limits.context_len });
-        }
-        let capacity = limits.num_blocks * BLOCK_LEN;
-        if wanted > capacity {
-            return Err(SubmitError::NeverFits { wanted, capacity });
-        }
-        let live = self.sequences.values().filter(|sequence| !sequence.is_finished());
-        let limit = self.config.max_running + self.config.max_waiting;
-        if live.count() >= limit {
-            return Err(SubmitError::QueueFull { limit, retry_after: Micros(1_000_000) });
-        }
-        Ok(())
-    }
-
-    /// Runs the client's output prefix through the same rules as new output. It may already be
-    /// complete.
-    fn feed_prefix(&self, request: &Request, output: &mut Output) -> Option<FinishReason> {
-        let rules = stop_rules(request);
-        for (index, &token) in request.output_prefix.iter().enumerate() {
-            if index >= request.params.min_tokens && request.params.end_ids.contains(&token) {
-                return Some(FinishReason::EndToken(token));
-            }
-            if let Some(found) = output.push_prefix(self.token_bytes.get(token), rules) {
-                return Some(FinishReason::StopString(found.index));
-            }
-        }
-        (request.output_prefix.len() == request.max_tokens).then_some(FinishReason::Length)
-    }
-
-    /// Ends a request in whatever state it is. Its end can then be taken as an event. Unknown and
-    /// finished ids are fine.
-    pub fn cancel(&mut self, id: SequenceId, reason: CancelReason) {
-        self.finish(id, FinishReason::Cancelled(reason));
-    }
-
-    /// Ends a request whose events nobody shall have any more, and drops them.
-    pub fn forget(&mut self, id: SequenceId, reason: CancelReason) {
-        self.finish(id, FinishReason::Cancelled(reason));
-        if self.sequences.remove(&id).is_some() {
-            self.counters.released += 1;
-        }
-    }
-
-    /// Ends every request because the server stops.
-    pub fn shut_down(&mut self) {
-        let ids: Vec<SequenceId> = self.sequences.keys().copied().collect();
-        for id in ids {
-            self.finish(id, FinishReason::ShuttingDown);
-        }
-    }
-
-    /// Ends a sequence: takes its blocks back in both pools and closes its output. Does nothing
-    /// when it has ended before.
-    fn finish(&mut self, id: SequenceId, reason: FinishReason) {
-        let now = self.clock.now();
-        let Some(sequence) = self.sequences.get_mut(&id) else { return };
-        if sequence.is_finished() {
-            return;
-        }
-        sequence.advance(Phase::Finished(reason));
-        if reason.is_forced() {
-            sequence.output.withhold();
-        }
-        self.blocks.release(&mut sequence.blocks);
-        sequence.computed_len = 0;
-        self.draft.release(id);
-        self.counters.add_end(reason);
-        let arrival = sequence.request.arrival;
-        let finished = Finished {
-            reason,
-            usage: Usage {
-                prompt_tokens: sequence.request.prompt.len(),
-                output_tokens: sequence.output.num_tokens(),
-                prefix_tokens: sequence.request.output_prefix.len(),
-                cached_tokens: sequence.cached_len,
-                preemptions: sequence.num_preemptions,
-            },
-            timings: Timings {
-                queue: sequence.first_planned.map(|at| at.since(arrival)),
-                first_token: sequence.first_token.map(|at| at.since(arrival)),
-                total: now.since(arrival),
-            },
-            speculation: std::mem::take(&mut sequence.speculation),
-        };
-        sequence.output.finish(finished);
     }
 
     /// Whether a request has ended and only waits for its events to be taken.
@@ -303,9 +196,19 @@ impl Engine {
         self.sequences.get(&id).is_some_and(Sequence::is_finished)
     }
 
-    /// Whether any sequence still needs steps.
+    /// Whether any sequence needs steps now. One whose reader is behind needs none until it has
+    /// read.
     #[must_use]
     pub fn has_work(&self) -> bool {
+        let unread_max = self.config.unread_tokens_max;
+        self.sequences
+            .values()
+            .any(|sequence| !sequence.is_finished() && sequence.output.unread_len() < unread_max)
+    }
+
+    /// Whether any sequence has not come to its end.
+    #[must_use]
+    pub fn has_live(&self) -> bool {
         self.sequences.values().any(|sequence| !sequence.is_finished())
     }
 
@@ -349,15 +252,21 @@ impl Engine {
             scope: sequence.request.scope(),
             cached_len: sequence.cached_len,
             num_preemptions: sequence.num_preemptions,
-            is_pinned: false,
-            is_paused: false,
+            is_pinned: sequence.is_pinned,
+            is_paused: sequence.is_paused,
         })
     }
 
     /// The verifier's KV blocks.
     #[must_use]
-    pub fn blocks(&self) -> &BlockManager {
+    pub fn blocks(&self) -> &BlockPool {
         &self.blocks
+    }
+
+    /// What a tenant was served so far, in virtual tokens. For invariant checks.
+    #[must_use]
+    pub fn service(&self, tenant: TenantId) -> u64 {
+        self.share.service(tenant)
     }
 
     /// What has happened so far.
@@ -370,7 +279,7 @@ impl Engine {
     /// to be shut down.
     #[must_use]
     pub fn has_failed(&self) -> bool {
-        false
+        self.health.has_failed(self.config.verifier_failures_max)
     }
 
     /// Whether the installed draft is in quarantine.
@@ -378,9 +287,4 @@ impl Engine {
     pub fn is_draft_quarantined(&self) -> bool {
         self.draft.is_quarantined()
     }
-}
-
-/// When the stop strings of `request` count.
-fn stop_rules(request: &Request) -> StopRules<'_> {
-    StopRules { strings: &request.stop_strings, min_tokens: request.params.min_tokens }
 }

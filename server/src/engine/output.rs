@@ -131,6 +131,11 @@ impl Output {
         self.tokens.len()
     }
 
+    /// Tokens that may be sent and were not taken yet.
+    pub(super) fn unread_len(&self) -> usize {
+        self.released_len - self.taken_len
+    }
+
     /// Whether [`take_event`](Self::take_event) would return something.
     pub(super) fn has_news(&self) -> bool {
         self.taken_len < self.released_len || self.finished.is_some()

@@ -8,6 +8,7 @@ use slipstream_model::ids::{SequenceId, TokenId};
 
 use super::event::{FinishReason, SpeculationUsage};
 use super::output::Output;
+use super::prefix_cache::{BlockKey, Contents};
 use super::request::Request;
 
 /// Where a sequence stands. Changes in one function only, which knows every allowed way.
@@ -32,8 +33,18 @@ const RESERVED_TOKENS_MAX: usize = 2048;
 pub(super) struct Sequence {
     pub(super) id: SequenceId,
     pub(super) request: Request,
-    /// Among whom its KV may be shared, as batches carry it.
-    pub(super) scope: u64,
+    /// Keys of the full blocks of `tokens`, as far as they were needed.
+    pub(super) block_keys: Vec<BlockKey>,
+    /// Blocks of `blocks` from the beginning that the prefix cache keeps.
+    pub(super) num_remembered: usize,
+    /// Prompt tokens that its tenant was charged for.
+    pub(super) charged_len: usize,
+    /// Since when it waits, or waited before it started.
+    pub(super) waiting_since: Micros,
+    /// Whether it holds all blocks it can ever need.
+    pub(super) is_pinned: bool,
+    /// Whether its reader is so far behind that it waits.
+    pub(super) is_paused: bool,
     /// Prompt positions whose KV it found.
     pub(super) cached_len: usize,
     /// Times that its blocks were taken back.
@@ -53,12 +64,17 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    pub(super) fn new(id: SequenceId, request: Request, output: Output) -> Self {
+    pub(super) fn new(id: SequenceId, request: Request, output: Output, now: Micros) -> Self {
         let mut tokens = request.prompt.clone();
         tokens.extend_from_slice(&request.output_prefix);
         Self {
             id,
-            scope: request.scope().tag(),
+            block_keys: Vec::new(),
+            num_remembered: 0,
+            charged_len: 0,
+            waiting_since: now,
+            is_pinned: false,
+            is_paused: false,
             cached_len: 0,
             num_preemptions: 0,
             tokens,
@@ -81,6 +97,16 @@ impl Sequence {
         self.output.reserve(len);
         self.speculation.proposed_by_position.reserve(draft_len_max);
         self.speculation.accepted_by_position.reserve(draft_len_max);
+    }
+
+    /// Among whom its KV may be shared, as batches carry it.
+    pub(super) fn scope_tag(&self) -> u64 {
+        self.request.scope().tag()
+    }
+
+    /// What its blocks hold, or will hold when they are computed.
+    pub(super) fn contents(&self) -> Contents<'_> {
+        Contents { scope: self.request.scope(), tokens: &self.tokens, keys: &self.block_keys }
     }
 
     /// Output tokens known so far, the client's prefix included.

@@ -7,7 +7,6 @@ use slipstream_model::ids::{BLOCK_LEN, BlockId};
 use slipstream_server::engine::{Engine, Phase};
 
 use super::{Checker, claim};
-use super::shim::{Pool as _, Prefixes as _};
 
 /// What was found in the cached blocks before, so that only changes are looked at again.
 #[derive(Default)]
@@ -24,16 +23,11 @@ struct Content {
     said: u64,
 }
 
-/// Blocks that the cache keeps and no table holds.
-pub(super) fn num_cached(engine: &Engine) -> usize {
-    engine.blocks().num_cached()
-}
-
 impl Checker {
     /// I1: every block is free, held or cached, and as often held as tables hold it.
     pub(super) fn blocks_are_accounted_for(&self, engine: &Engine) -> Result<(), String> {
         let blocks = engine.blocks();
-        let mut refs: Vec<u32> = vec![0; blocks.num_blocks()];
+        let mut refs: Vec<usize> = vec![0; blocks.num_blocks()];
         for view in engine.sequences() {
             for block in view.blocks {
                 refs[block.index()] += 1;
@@ -41,31 +35,32 @@ impl Checker {
             claim(view.phase == Phase::Running || view.blocks.is_empty(), || {
                 format!("I1: sequence {} in {:?} holds blocks", view.id, view.phase)
             })?;
-            let is_private = self.known.get(&view.id).is_some_and(|known| known.is_private);
-            let is_shared =
-                |block: &BlockId| blocks.refs(*block) > 1 || blocks.is_cached(*block);
+            let known = self.known.get(&view.id);
+            let is_private = known.is_some_and(|known| known.is_private);
+            let is_alone = known.is_some_and(|known| !known.has_followers);
+            let is_shared = |block: &BlockId| {
+                blocks.is_kept(*block) || (is_alone && blocks.refs(*block) > 1)
+            };
             claim(!is_private || !view.blocks.iter().any(is_shared), || {
                 format!("I10: {} shares KV although it must not", view.id)
             })?;
         }
-        let (mut num_free, mut num_held, mut num_kept) = (0, 0, 0);
+        let (mut num_free, mut num_held, mut num_cached) = (0, 0, 0);
         for (index, &refs) in refs.iter().enumerate() {
             let block = BlockId(u32::try_from(index).unwrap());
             claim(blocks.refs(block) == refs, || {
                 format!("I1: {block:?} is held {refs} times, counted {}", blocks.refs(block))
             })?;
-            let is_free = blocks.is_free(block);
-            let is_used = refs > 0 || blocks.is_cached(block);
-            claim(is_free != is_used, || format!("I1: {block:?} is used and free, or neither"))?;
-            num_free += usize::from(is_free);
+            let is_kept = blocks.is_kept(block);
             num_held += usize::from(refs > 0);
-            num_kept += usize::from(refs == 0 && blocks.is_cached(block));
+            num_cached += usize::from(refs == 0 && is_kept);
+            num_free += usize::from(refs == 0 && !is_kept);
         }
-        let is_whole = (num_free, num_kept) == (blocks.num_free(), blocks.num_cached())
-            && num_free + num_held + num_kept == blocks.num_blocks();
+        let is_whole = (num_free, num_cached) == (blocks.num_free(), blocks.num_cached())
+            && num_free + num_held + num_cached == blocks.num_blocks();
         claim(is_whole, || {
             format!(
-                "I1: {num_free} free, {num_held} held, {num_kept} cached of {}; counted {} and {}",
+                "I1: {num_free} free, {num_held} held, {num_cached} cached of {}; counted {}, {}",
                 blocks.num_blocks(),
                 blocks.num_free(),
                 blocks.num_cached()
@@ -79,8 +74,8 @@ impl Checker {
         &mut self,
         engine: &Engine,
     ) -> Result<(), String> {
-        for (block, scope, tokens) in engine.cached_prefixes() {
-            claim(engine.blocks().is_cached(block), || format!("I1: {block:?} is not cached"))?;
+        for (block, scope, tokens) in engine.blocks().cached_prefixes() {
+            claim(engine.blocks().is_kept(block), || format!("I1: {block:?} is not cached"))?;
             claim(!tokens.is_empty() && tokens.len().is_multiple_of(BLOCK_LEN), || {
                 format!("I2: {block:?} is cached with {} tokens", tokens.len())
             })?;

@@ -94,7 +94,7 @@ impl Climate {
                 cancel_one_in: *rng.pick(&[0, 15, 100]),
                 swap_one_in: *rng.pick(&[0, 8, 60]),
                 verifier_fails_one_in: *rng.pick(&[0, 0, 0, 100]),
-                verifier_panics_one_in: usize::from(!crate::checkers::shim::SKELETON) * *rng.pick(&[0, 0, 0, 0, 0, 0, 0, 200]),
+                verifier_panics_one_in: *rng.pick(&[0, 0, 0, 0, 0, 0, 0, 200]),
             },
             storm_steps: rng.between(20, 600),
         }
@@ -120,7 +120,7 @@ fn engine_config(rng: &mut Rng) -> EngineConfig {
         quarantine_after: *rng.pick(&[1, 3, 1_000, 1_000, 1_000]),
         step_target: Micros(*rng.pick(&[1, 2_000, 10_000, 50_000, 50_000, 1_000_000])),
         unread_tokens_max: *rng.pick(&[1, 2, 5, 20, 512, 512]),
-        preemptions_max: rng.between(0, 3) + 1000 * usize::from(crate::checkers::shim::SKELETON),
+        preemptions_max: rng.between(0, 3),
         priority_aging: Micros(*rng.pick(&[2_000, 20_000, 200_000, 10_000_000])),
         prefix_reuse: !rng.one_in(8),
         verifier_failures_max: rng.between(1, 3),

@@ -48,7 +48,7 @@ impl World {
                 // A step may overshoot by what it brings; a stop string holds more back than that.
                 let bound = config.unread_tokens_max + config.draft_len_max;
                 let is_bounded = tokens.tokens.len() <= bound;
-                require(crate::checkers::shim::SKELETON || is_bounded || !client.request.stop_strings.is_empty(), || {
+                require(is_bounded || !client.request.stop_strings.is_empty(), || {
                     format!("I12: {id} had {} tokens unread", tokens.tokens.len())
                 })?;
             }
@@ -89,9 +89,13 @@ impl World {
             },
             1,
         );
+        let end = request.arrival.plus(finished.timings.total);
         let is_late = reason == FinishReason::DeadlineExceeded;
-        let is_due = request.deadline.is_some_and(|at| at <= request.arrival.plus(finished.timings.total));
-        require(!is_late || is_due, || format!("{id} ended before its deadline"))?;
+        let is_due = request.deadline.is_some_and(|at| at <= end);
+        // What has not begun to answer may end as soon as it cannot any more.
+        let is_hopeless = request.deadline.is_some() && collected.tokens.is_empty();
+        require(!is_late || is_due || is_hopeless, || format!("{id} ended before its deadline"))?;
+        self.coverage.note("ended as hopeless", u64::from(is_late && !is_due));
         self.check_usage(id, client)?;
         self.check_provenance(id, collected)
     }
@@ -101,7 +105,8 @@ impl World {
         let Client { request, collected, .. } = client;
         let usage = collected.finished.as_ref().expect("only ended clients close").usage;
         let is_cached = usage.cached_tokens > 0;
-        let may_be_cached = request.prefix_reuse != PrefixReuse::Off;
+        let may_be_cached =
+            request.prefix_reuse != PrefixReuse::Off || request.sibling.is_some();
         let is_possible = usage.cached_tokens < request.prompt.len().max(1)
             && usage.preemptions <= self.climate.config.preemptions_max
             && (may_be_cached || !is_cached);
