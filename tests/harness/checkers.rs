@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use slipstream_model::block_manager::BlockManager;
 use slipstream_model::clock::Micros;
-use slipstream_model::ids::{SequenceId, TokenId};
+use slipstream_model::ids::{BlockId, SequenceId, TokenId};
 use slipstream_server::engine::request::{PrefixReuse, Request};
 use slipstream_server::engine::{
     Counters, Engine, EngineConfig, EngineSnapshot, Phase, SequenceView, StepReport,
@@ -27,9 +27,11 @@ struct Known {
     states: Vec<u64>,
     /// Its known length after the previous step.
     len: usize,
+    /// Times that it had to give way.
+    num_preemptions: usize,
     /// Since when it has stood in line.
     waiting_since: Micros,
-    /// Its prompt and whose KV of it it may share.
+    /// Whose KV of the prompt it may share.
     sibling: Option<SequenceId>,
     max_len: usize,
     /// Whether nothing of its KV may be kept for others.
@@ -48,6 +50,8 @@ struct Before {
     is_paused: bool,
     /// What its tenant was served.
     service: u64,
+    /// Where its blocks stand in [`Moment::blocks`].
+    blocks: (usize, usize),
 }
 
 /// The engine before a step.
@@ -55,6 +59,8 @@ struct Before {
 struct Moment {
     now: Micros,
     sequences: Vec<Before>,
+    /// The blocks of all tables, one after another.
+    blocks: Vec<BlockId>,
     counters: Counters,
     verifier: HashLmCounts,
     has_work: bool,
@@ -101,6 +107,7 @@ impl Checker {
             states: self.lm.states(request.scope().tag(), &future),
             future,
             len: request.prompt.len() + request.output_prefix.len(),
+            num_preemptions: 0,
             waiting_since: now,
             sibling: request.sibling,
             max_len: request.max_len(),
@@ -118,14 +125,20 @@ impl Checker {
         before.verifier = self.verifier.counts();
         before.has_work = engine.has_work();
         before.sequences.clear();
-        before.sequences.extend(engine.sequences().map(|view| Before {
-            id: view.id,
-            phase: view.phase,
-            tokens_len: view.tokens.len(),
-            computed_len: view.computed_len,
-            is_paused: view.is_paused,
-            service: engine.service(view.tenant),
-        }));
+        before.blocks.clear();
+        for view in engine.sequences() {
+            let start = before.blocks.len();
+            before.blocks.extend_from_slice(view.blocks);
+            before.sequences.push(Before {
+                id: view.id,
+                phase: view.phase,
+                tokens_len: view.tokens.len(),
+                computed_len: view.computed_len,
+                is_paused: view.is_paused,
+                service: engine.service(view.tenant),
+                blocks: (start, before.blocks.len()),
+            });
+        }
     }
 
     /// Checks everything that a step must leave true.
@@ -157,6 +170,11 @@ impl Checker {
             if before.phase == Phase::Running && view.phase == Phase::Preempted {
                 let known = self.known.get_mut(&view.id).expect("it was looked at above");
                 known.waiting_since = self.before.now;
+                // What a reader that is behind costs is its own.
+                known.num_preemptions += usize::from(!view.is_paused);
+                claim(known.num_preemptions <= self.config.preemptions_max, || {
+                    format!("{} was preempted {} times", view.id, known.num_preemptions)
+                })?;
             }
         }
         self.note(engine, coverage);
@@ -239,8 +257,6 @@ impl Checker {
         claim(bounds.contains(&num_blocks), || {
             format!("I2: {id} holds {num_blocks} blocks, {bounds:?} make sense")
         })?;
-        let is_capped = view.num_preemptions <= self.config.preemptions_max;
-        claim(is_capped, || format!("{id} was preempted {} times", view.num_preemptions))?;
         let wrong = self.verifier.first_wrong_slot(view.blocks, &known.states[..view.computed_len]);
         claim(wrong.is_none(), || format!("I2: {id} has a wrong KV slot: {wrong:?}"))
     }

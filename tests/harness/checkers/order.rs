@@ -66,7 +66,11 @@ impl Checker {
         let has_failed = after.verifier_failures > self.before.counters.verifier_failures;
         let is_idle = report.num_rows == 0 && !has_failed;
         claim(!(is_idle && self.before.has_work && engine.has_work()), || {
-            let views: Vec<_> = engine.sequences().map(|view| (view.id, view.phase, view)).collect();
+            let views = engine.sequences().map(|v| {
+                let place = (v.id.0, v.phase, v.priority, v.tenant.0, v.blocks.len());
+                (place, (v.tokens.len(), v.computed_len), v.is_pinned, v.is_paused)
+            });
+            let views: Vec<_> = views.collect();
             format!("a step computed nothing with work to do: {views:?}")
         })?;
         for (before, view) in both(&self.before, engine) {

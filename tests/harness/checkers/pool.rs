@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use slipstream_model::ids::{BLOCK_LEN, BlockId};
 use slipstream_server::engine::{Engine, Phase};
 
-use super::{Checker, claim};
+use super::{Checker, both, claim};
 
 /// What was found in the cached blocks before, so that only changes are looked at again.
 #[derive(Default)]
@@ -38,9 +38,8 @@ impl Checker {
             let known = self.known.get(&view.id);
             let is_private = known.is_some_and(|known| known.is_private);
             let is_alone = known.is_some_and(|known| !known.has_followers);
-            let is_shared = |block: &BlockId| {
-                blocks.is_kept(*block) || (is_alone && blocks.refs(*block) > 1)
-            };
+            let is_shared =
+                |block: &BlockId| blocks.is_kept(*block) || (is_alone && blocks.refs(*block) > 1);
             claim(!is_private || !view.blocks.iter().any(is_shared), || {
                 format!("I10: {} shares KV although it must not", view.id)
             })?;
@@ -98,14 +97,17 @@ impl Checker {
         self.written_blocks_are_ones_own(engine)
     }
 
+    /// What two tables hold is written by neither: whoever held a block before the step and holds
+    /// it still was the one to write it.
     fn written_blocks_are_ones_own(&self, engine: &Engine) -> Result<(), String> {
         if self.verifier.counts().calls == self.before.verifier.calls {
             return Ok(()); // the last pass was another step's
         }
         let mut shared = None;
-        for view in engine.sequences() {
+        for (before, view) in both(&self.before, engine) {
+            let held = &self.before.blocks[before.blocks.0..before.blocks.1];
             self.verifier.last_writers(view.blocks.iter().copied(), |block, writer| {
-                if writer != view.id.0 {
+                if writer != view.id.0 && held.contains(&block) {
                     shared = Some((block, writer, view.id));
                 }
             });

@@ -105,10 +105,10 @@ impl World {
         let Client { request, collected, .. } = client;
         let usage = collected.finished.as_ref().expect("only ended clients close").usage;
         let is_cached = usage.cached_tokens > 0;
-        let may_be_cached =
-            request.prefix_reuse != PrefixReuse::Off || request.sibling.is_some();
-        let is_possible = usage.cached_tokens < request.prompt.len().max(1)
-            && usage.preemptions <= self.climate.config.preemptions_max
+        let may_be_cached = request.prefix_reuse != PrefixReuse::Off || request.sibling.is_some();
+        // The last known token is always computed: its row gives the logits.
+        let known_len = request.prompt.len() + request.output_prefix.len();
+        let is_possible = usage.cached_tokens <= request.prompt.len().min(known_len - 1)
             && (may_be_cached || !is_cached);
         require(is_possible, || format!("I6: {id}: {usage:?} of {request:?}"))?;
         let is_partial = !usage.cached_tokens.is_multiple_of(slipstream_model::ids::BLOCK_LEN);
