@@ -17,6 +17,7 @@ mod deadlines;
 mod distribution;
 mod drain;
 mod embedded_pair;
+mod engine_faults;
 mod error_details;
 mod exactness;
 mod floods;

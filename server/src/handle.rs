@@ -2,13 +2,16 @@
 //! dropping its stream. Ending one from elsewhere is in `canceller.rs`. Knows tokio and the
 //! engine's messages; never touches engine state.
 
+use std::future::poll_fn;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use crossbeam::channel::Sender;
 use slipstream_model::ids::SequenceId;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::futures::OwnedNotified;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, TryAcquireError, mpsc, oneshot};
 
 use crate::engine::event::{CancelReason, Event, OutputToken};
 use crate::engine::request::{Request, SubmitError};
@@ -66,6 +69,8 @@ pub struct EngineHandle {
     permits: Arc<Semaphore>,
     max_requests: usize,
     next_id: Arc<AtomicU64>,
+    /// Tells every stream when the engine is given up.
+    given_up: Arc<Notify>,
 }
 
 /// A request that was sent off, and where its answer comes.
@@ -77,9 +82,14 @@ struct Sent {
 
 impl Sent {
     /// Waits until the engine has taken the request.
-    async fn taken(self) -> Result<RequestStream, SubmitError> {
+    async fn taken(mut self) -> Result<RequestStream, SubmitError> {
         let Some(answer) = self.answer else { return Ok(self.stream) };
-        match answer.await {
+        let answer = tokio::select! {
+            biased;
+            answer = answer => answer,
+            () = self.stream.given_up.as_mut() => return Err(SubmitError::ShuttingDown),
+        };
+        match answer {
             Ok(Ok(())) => Ok(self.stream),
             Ok(Err(error)) => {
                 self.stream.canceller.release();
@@ -103,7 +113,8 @@ impl EngineHandle {
     #[must_use]
     pub fn new(commands: Sender<Command>, max_requests: usize) -> Self {
         let permits = Arc::new(Semaphore::new(max_requests + REFUSALS_MAX));
-        Self { commands, permits, max_requests, next_id: Arc::new(AtomicU64::new(0)) }
+        let next_id = Arc::new(AtomicU64::new(0));
+        Self { commands, permits, max_requests, next_id, given_up: Arc::default() }
     }
 
     /// Hands a request to the engine. It ends early when the stream of its events is dropped, or
@@ -153,7 +164,10 @@ impl EngineHandle {
     fn permits(&self, num: usize) -> Result<OwnedSemaphorePermit, SubmitError> {
         let full = SubmitError::TooManyRequests { limit: self.max_requests };
         let num = u32::try_from(num).map_err(|_| full.clone())?;
-        Arc::clone(&self.permits).try_acquire_many_owned(num).map_err(|_| full)
+        Arc::clone(&self.permits).try_acquire_many_owned(num).map_err(|refused| match refused {
+            TryAcquireError::NoPermits => full,
+            TryAcquireError::Closed => SubmitError::ShuttingDown,
+        })
     }
 
     /// Sends a request off. From here on the engine may know it: whatever happens to the future
@@ -164,10 +178,15 @@ impl EngineHandle {
         canceller: &Canceller,
         permit: OwnedSemaphorePermit,
     ) -> Result<Sent, SubmitError> {
+        let given_up = Box::pin(Arc::clone(&self.given_up).notified_owned());
+        // Whoever gives the engine up closes the permits, then tells those that listen by then.
+        if self.permits.is_closed() {
+            return Err(SubmitError::ShuttingDown);
+        }
         let id = SequenceId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let (events, receiver) = mpsc::channel(EVENT_QUEUE_LEN);
         let unread = Unread::of(&events);
-        let stream = RequestStream { id, receiver, unread, canceller: canceller.clone() };
+        let stream = RequestStream { id, receiver, unread, canceller: canceller.clone(), given_up };
         let (reply, answer) = oneshot::channel();
         let canceller = canceller.clone();
         let submission = Box::new(Submission { id, request, events, canceller, reply });
@@ -193,6 +212,13 @@ impl EngineHandle {
         let _ = self.commands.try_send(Command::Stop);
     }
 
+    /// Ends every stream and takes no requests any more, without the engine, which does not come
+    /// back: its requests end as if it had gone.
+    pub(crate) fn give_up(&self) {
+        self.permits.close();
+        self.given_up.notify_waiters();
+    }
+
     /// Requests that are alive now: from submission until the engine has ended them, whether or not
     /// their last events were read.
     #[must_use]
@@ -208,18 +234,23 @@ pub struct RequestStream {
     receiver: mpsc::Receiver<Event>,
     unread: Unread,
     canceller: Canceller,
+    /// Resolves when the engine is given up.
+    given_up: Pin<Box<OwnedNotified>>,
 }
 
 impl RequestStream {
     /// The next event; `None` after [`Event::Finished`], after a cancel, or when the engine has
-    /// ended.
+    /// ended or was given up.
     pub async fn next(&mut self) -> Option<Event> {
-        self.receiver.recv().await
+        poll_fn(|cx| self.poll_next(cx)).await
     }
 
     /// The same for hand-written streams.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
-        self.receiver.poll_recv(cx)
+        match self.receiver.poll_recv(cx) {
+            Poll::Pending if self.given_up.as_mut().poll(cx).is_ready() => Poll::Ready(None),
+            news => news,
+        }
     }
 
     /// The id the engine knows the request by.

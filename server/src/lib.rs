@@ -9,6 +9,7 @@ pub mod engine;
 mod grpc;
 pub mod handle;
 mod http;
+mod kv_budget;
 pub mod local;
 mod logging;
 pub mod metrics;
@@ -18,6 +19,7 @@ mod run;
 mod shutdown;
 mod stage;
 pub mod startup;
+mod watchdog;
 
 pub use net::settings::NetConfig;
 pub use run::{Listeners, RunError, run};
