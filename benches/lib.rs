@@ -1,13 +1,16 @@
 //! What the benches share. A bench prints the plain figure beside every speculative one, compares
 //! within one run, and gives medians and spans: see `README.md` here.
 
+pub mod arrivals;
 pub mod checkpoint;
 pub mod constructed_draft;
 pub mod drive;
+pub mod machine;
 pub mod network;
 pub mod pair;
 pub mod random_model;
 pub mod roofline;
+pub mod serving;
 pub mod stats;
 pub mod wire_table;
 

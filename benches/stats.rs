@@ -1,5 +1,14 @@
 //! Owns how benches summarise repeated measurements.
 
+/// The value that this share of `values` does not exceed, by the nearest rank; NaN of none.
+#[must_use]
+pub fn percentile(values: &[f64], percent: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (percent / 100.0 * sorted.len() as f64).ceil() as usize;
+    sorted.get(rank.clamp(1, sorted.len().max(1)) - 1).copied().unwrap_or(f64::NAN)
+}
+
 /// Median and span of a set of measurements.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Spread {

@@ -165,6 +165,46 @@ fn others() -> Vec<Mistake> {
     ]
 }
 
+/// Whose it is, how urgent, and what it shares.
+fn belonging() -> Vec<Mistake> {
+    let bad = Code::InvalidArgument;
+    let mut mistakes = vec![
+        mistake("long tenant", bad, &["tenant", "65", "64"], |r| r.tenant = "t".repeat(65)),
+        mistake("tenant of two words", bad, &["tenant"], |r| r.tenant = "a b".to_owned()),
+        mistake("tenant of two lines", bad, &["tenant"], |r| r.tenant = "a\nb".to_owned()),
+        mistake("tenant out of ASCII", bad, &["tenant"], |r| r.tenant = "t\u{e9}".to_owned()),
+        mistake("long salt", bad, &["cache_salt", "129", "128"], |r| {
+            r.cache_salt = "s".repeat(129);
+        }),
+        mistake("long salt in characters", bad, &["cache_salt", "130", "128"], |r| {
+            r.cache_salt = "\u{e9}".repeat(65);
+        }),
+        mistake("long salt that is not used", bad, &["cache_salt", "129"], |r| {
+            r.cache_salt = "s".repeat(129);
+            r.no_prefix_reuse = true;
+        }),
+        mistake("prefix of several", bad, &["output_prefix", "n is 2"], |r| {
+            r.output_prefix = vec![1];
+            r.n = Some(2);
+        }),
+        mistake("index past the last", bad, &["sample_index", "4294967280"], |r| {
+            r.sample_index = u32::MAX - 14;
+            r.n = Some(16);
+        }),
+    ];
+    for class in [-1, 4, i32::MAX, i32::MIN] {
+        let number = class.to_string();
+        let name = format!("priority {class}");
+        mistakes.push(mistake(name, bad, &["priority", &number], move |r| r.priority = class));
+    }
+    for n in [0, -1, 17, i32::MAX, i32::MIN] {
+        let number = n.to_string();
+        let name = format!("n = {n}");
+        mistakes.push(mistake(name, bad, &["n: ", "1 to 16", &number], move |r| r.n = Some(n)));
+    }
+    mistakes
+}
+
 async fn assert_mistake(client: &Client, mistake: &Mistake) {
     let mut request = greedy("fn main() {", 8);
     (mistake.change)(&mut request);
@@ -187,7 +227,7 @@ fn every_mistake_names_its_field_and_the_server_goes_on() {
         let server = start(|_| {}).await;
         let client = client(&server);
         let before = stream(&client, greedy("fn main() {", 8)).await.unwrap();
-        for mistake in [prompts(), lengths(), numbers(), others()].iter().flatten() {
+        for mistake in [prompts(), lengths(), numbers(), others(), belonging()].iter().flatten() {
             assert_mistake(&client, mistake).await;
         }
         let after = stream(&client, greedy("fn main() {", 8)).await.unwrap();
@@ -257,12 +297,34 @@ fn numbers_at_their_limits() -> Vec<Limit> {
     ]
 }
 
+fn belonging_at_its_limits() -> Vec<Limit> {
+    let classes = [v1::Priority::Interactive, v1::Priority::Normal, v1::Priority::Batch];
+    let mut limits = vec![
+        limit("longest tenant", |r| r.tenant = "~!".repeat(32)),
+        limit("longest salt", |r| r.cache_salt = "\u{e9}\0".repeat(42) + "ss"),
+        limit("a salt for nothing", |r| {
+            r.cache_salt = " ".to_owned();
+            r.no_prefix_reuse = true;
+        }),
+        limit("one sample", |r| {
+            r.n = Some(1);
+            r.sample_index = u32::MAX;
+            r.output_prefix = vec![1];
+        }),
+    ];
+    for class in classes {
+        limits.push(limit("a class", move |r| r.priority = class.into()));
+    }
+    limits
+}
+
 #[test]
 fn values_at_their_limits_are_taken() {
     block_on(async {
         let server = start(|_| {}).await;
         let client = client(&server);
-        for (name, change) in lengths_at_their_limits().iter().chain(&numbers_at_their_limits()) {
+        let all = [lengths_at_their_limits(), numbers_at_their_limits(), belonging_at_its_limits()];
+        for (name, change) in all.iter().flatten() {
             let mut request = greedy("fn main() {", 8);
             change(&mut request);
             let answer = stream(&client, request).await;

@@ -70,6 +70,13 @@ fn the_oldest_turns_go_when_the_context_is_full() {
 }
 
 #[test]
+fn the_oldest_turns_go_when_the_memory_is_full() {
+    let (turns, said) = chat(&["--kv-blocks", "5"], &"Tell me more of it.\n".repeat(6));
+    assert_eq!(turns.len(), 6);
+    assert!(said.contains("more of the oldest turn"), "{said}");
+}
+
+#[test]
 fn plain_answers_are_all_that_stdout_has() {
     let args = [&["chat"], &FLAGS[..]].concat();
     let output = printed_for(&args, "Hi\n");

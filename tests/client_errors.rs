@@ -21,7 +21,8 @@ use crate::program::slipstream;
 
 type Events = ReceiverStream<Result<v1::GenerateEvent, Status>>;
 
-/// Sends two tokens to whoever asks, then an error, or nothing ever.
+/// Sends two tokens to whoever asks, one more of a second sample to who asks for two, then an error,
+/// or nothing ever.
 struct Scripted {
     end: Option<Status>,
     /// Keeps streams open.
@@ -47,8 +48,14 @@ impl Completions for Scripted {
         let (sender, events) = tokio::sync::mpsc::channel(4);
         let started = v1::Started { seed: 9, request_id: "r-1".into(), ..v1::Started::default() };
         let token = |id| v1::Token { id, ..v1::Token::default() };
-        let tokens = v1::Tokens { text: "ab".to_owned(), tokens: vec![token(7), token(8)] };
-        for event in [Event::Started(started), Event::Tokens(tokens)] {
+        let tokens = |sample, text: &str, tokens| {
+            Event::Tokens(v1::Tokens { text: text.to_owned(), tokens, sample })
+        };
+        let mut news = vec![Event::Started(started), tokens(0, "ab", vec![token(7), token(8)])];
+        if request.get_ref().n == Some(2) {
+            news.push(tokens(1, "c", vec![token(5)]));
+        }
+        for event in news {
             sender.send(Ok(v1::GenerateEvent { event: Some(event) })).await.unwrap();
         }
         match &self.end {
@@ -182,6 +189,42 @@ fn a_stream_that_breaks_off_can_be_gone_on_with() {
     let resume = &object["error"]["resume"];
     assert_eq!(resume["output_prefix"], serde_json::json!([7, 8]));
     assert_eq!((&resume["seed"], &resume["text"]), (&9.into(), &"ab".into()));
+}
+
+#[test]
+fn each_sample_of_a_stream_that_breaks_off_can_be_gone_on_with() {
+    let end = || Some(Status::unavailable("going down"));
+    let output = generate(end(), &["--n", "2", "--sample-index", "3"], |_| ());
+    let text = errors(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert_eq!(output.stdout, b"--", "a heading");
+    let lines = [
+        "repeat the command without --n and with",
+        "--seed 9 --sample-index 3 --output-prefix 7,8 (sample 3, 2 tokens)",
+        "--seed 9 --sample-index 4 --output-prefix 5 (sample 4, 1 tokens)",
+    ];
+    for line in lines {
+        assert!(text.contains(line), "no {line:?} in {text}");
+    }
+    let output = generate(end(), &["--n", "2", "--json"], |_| ());
+    let object: Value = serde_json::from_slice(&output.stderr).unwrap();
+    let resume = &object["error"]["resume"];
+    assert_eq!(resume[0]["output_prefix"], serde_json::json!([7, 8]));
+    assert_eq!(resume[1]["output_prefix"], serde_json::json!([5]));
+    assert_eq!((&resume[1]["sample_index"], &resume[1]["text"]), (&1.into(), &"c".into()));
+}
+
+#[test]
+fn what_never_fits_is_not_called_full() {
+    let never = |reason: &str| {
+        let mut details = ErrorDetails::new();
+        details.set_error_info(reason, "slipstream", []);
+        Some(Status::with_error_details(Code::ResourceExhausted, "too large", details))
+    };
+    let output = generate(never("OVER_KV_POOL"), &["--request-id", "refuse-me"], |_| ());
+    let text = errors(&output);
+    assert!(text.contains("the request is more than this server can take: too large"), "{text}");
+    assert!(!text.contains("try again"), "{text}");
 }
 
 /// What `generate` says to a server that answers with these bytes.

@@ -42,7 +42,10 @@ fn generate_prints_one_completion_however_it_is_asked() {
 
 #[test]
 fn commands_that_fail_say_why() {
-    let cases: [(&[&str], i32, &str); 5] = [
+    let cases: [(&[&str], i32, &str); 8] = [
+        (&["generate", "a", "--n", "17"], 1, "n: must be from 1 to 16"),
+        (&["generate", "a", "--tenant", "a b"], 1, "tenant: must be"),
+        (&["generate", "a", "--priority", "urgent"], 2, "interactive, normal, batch"),
         (&["generate", "a", "--server", "http://127.0.0.1:1"], 1, "no server at"),
         (&["generate", "a", "--model", "no/such/model"], 1, "no/such/model"),
         (&["generate", "a", "--temperature", "-1"], 1, "temperature"),
@@ -74,6 +77,33 @@ fn generate_prints_one_object_for_programs() {
     assert_eq!(object["usage"]["output_tokens"], 12);
     assert_eq!(object["request_id"], "r-1");
     assert!(object["timings"]["total_ms"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn several_samples_come_one_behind_the_other() {
+    let flags = ["generate", PROMPT, "--max-tokens", "12", "--seed", "5", "--ignore-eos"];
+    let with = |args: &[&str]| printed(&[&flags[..], args].concat());
+    let alone = ["7", "8", "9"].map(|index| with(&["--sample-index", index]));
+    let expected: String =
+        (7..).zip(&alone).map(|(index, text)| format!("--- sample {index} ---\n{text}")).collect();
+    let several = ["--sample-index", "7", "--n", "3", "--tenant", "t", "--priority", "batch"];
+    assert_eq!(with(&several), expected);
+    let text = with(&[&several[..], &["--json", "--cache-salt", "s"]].concat());
+    let object: Value = serde_json::from_str(&text).expect("one object");
+    let samples = object["samples"].as_array().unwrap();
+    assert_eq!(samples.len(), 3);
+    for ((sample, alone), index) in samples.iter().zip(&alone).zip(7..) {
+        assert_eq!(sample["text"].as_str().unwrap().to_owned() + "\n", *alone);
+        assert_eq!(sample["sample_index"], index);
+        assert!(sample["usage"]["cached_prompt_tokens"].is_u64(), "{sample}");
+        assert_eq!(sample["usage"]["preemptions"], 0);
+    }
+    assert_eq!(object["seed"], 5);
+    let output = run(&[&flags[..], &["--n", "2", "--stats", "--no-prefix-reuse"]].concat());
+    let errors = String::from_utf8(output.stderr).unwrap();
+    for part in ["sample 0:\n", "sample 1:\n", "of them cached)", "--sample-index 1 "] {
+        assert!(errors.contains(part), "no {part:?} in {errors}");
+    }
 }
 
 #[test]

@@ -78,6 +78,106 @@ fn a_wrong_field_is_named_for_programs() {
     });
 }
 
+/// What the server has too little of, in numbers.
+fn quota(status: &Status) -> String {
+    let quota = status.get_error_details().quota_failure().unwrap().clone();
+    let [violation] = &quota.violations[..] else { panic!("one thing is too small: {quota:?}") };
+    format!("{}: {}", violation.subject, violation.description)
+}
+
+#[test]
+fn what_never_fits_the_memory_is_told_with_numbers_and_no_time_to_come_back() {
+    block_on(async {
+        // 32 blocks of 16 positions; the context has 1024.
+        let server = start(|flags| flags.kv_blocks = Some(32)).await;
+        let client = client(&server);
+        let ids = |num| {
+            let ids = v1::TokenIds { ids: vec![5; num] };
+            Some(v1::generate_request::Prompt::TokenIds(ids))
+        };
+        let request = |num, max_tokens| v1::GenerateRequest {
+            prompt: ids(num),
+            max_tokens,
+            request_id: Some("r".to_owned()),
+            ..greedy("", 1)
+        };
+        for (num, max_tokens, field, needed) in [
+            (400, Some(113), "max_tokens", "513 needed, 512 in all"),
+            (300, None, "max_tokens", "556 needed, 512 in all"),
+            (512, Some(1), "prompt", "513 needed, 512 in all"),
+            (1000, Some(24), "prompt", "1024 needed, 512 in all"),
+        ] {
+            let status = stream(&client, request(num, max_tokens)).await.expect_err(field);
+            assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+            assert_known_as(&status, "r", "OVER_KV_POOL");
+            assert_eq!(quota(&status), format!("positions of the KV pool: {needed}"));
+            for part in [num.to_string().as_str(), "512", "KV pool"] {
+                assert!(status.message().contains(part), "{status:?} without {part}");
+            }
+            let details = status.get_error_details();
+            assert_eq!(details.bad_request().unwrap().field_violations[0].field, field);
+            assert!(details.retry_info().is_none(), "it would fail again");
+            assert!(status.metadata().get("grpc-retry-pushback-ms").is_none(), "{status:?}");
+        }
+        // What does not fit the model does not depend on the server's memory.
+        for (num, max_tokens) in [(1000, 25), (1024, 1), (1025, 1), (1, i32::MAX)] {
+            let status = stream(&client, request(num, Some(max_tokens))).await.expect_err("long");
+            assert_eq!(status.code(), Code::OutOfRange, "{status:?}");
+            assert_known_as(&status, "r", "OVER_CONTEXT");
+        }
+        let fits = stream(&client, request(400, Some(112))).await.unwrap();
+        assert_eq!(fits.tokens.len(), 112);
+        server.stop().await.unwrap();
+    });
+}
+
+/// A prompt that nobody else asks with and that takes many steps.
+fn long_prompt(seed: u32) -> v1::GenerateRequest {
+    let ids = (0..1000).map(|index| (index * 7 + seed * 13) % 1000 + 5).collect();
+    let prompt = v1::generate_request::Prompt::TokenIds(v1::TokenIds { ids });
+    v1::GenerateRequest { prompt: Some(prompt), no_prefix_reuse: true, ..greedy("", 2) }
+}
+
+#[test]
+fn a_deadline_that_cannot_be_met_is_told_at_once() {
+    block_on(async {
+        let server = start(|_| {}).await;
+        let client = client(&server);
+        let mut first_token_ms = f64::MAX;
+        for seed in 0..5 {
+            // The engine learns what prompts cost, and so do we.
+            let answer = stream(&client, long_prompt(seed)).await.unwrap();
+            let timings = answer.finished.timings.unwrap();
+            first_token_ms = first_token_ms.min(timings.first_token_ms.unwrap());
+        }
+        let mut reasons = Vec::new();
+        for seed in 5..25 {
+            let mut call = Request::new(long_prompt(seed));
+            let timeout_us = (first_token_ms * 1000.0 / 3.0) as u64;
+            let timeout = format!("{timeout_us}u").parse().unwrap();
+            call.metadata_mut().insert("grpc-timeout", timeout);
+            let Err(status) = client.clone().generate(call).await else { continue };
+            // The client's own timer may be first, with a status of its own.
+            let is_late = matches!(status.code(), Code::DeadlineExceeded | Code::Cancelled);
+            assert!(is_late, "{status:?}");
+            if status.get_error_details().error_info().is_none() {
+                continue;
+            }
+            reasons.push(reason(&status));
+            if reason(&status) == "DEADLINE_TOO_SHORT" {
+                assert_eq!(status.code(), Code::DeadlineExceeded);
+                assert!(status.get_error_details().retry_info().is_none(), "{status:?}");
+                let numbers = status.message().split(|c: char| !c.is_ascii_digit());
+                let numbers: Vec<u64> = numbers.filter_map(|text| text.parse().ok()).collect();
+                assert!(matches!(numbers[..], [left, needed] if left < needed), "{status:?}");
+            }
+        }
+        let is_told = reasons.iter().any(|reason| reason == "DEADLINE_TOO_SHORT");
+        assert!(is_told, "of {first_token_ms} ms a third was enough: {reasons:?}");
+        server.stop().await.unwrap();
+    });
+}
+
 #[test]
 fn a_bad_id_is_refused_wherever_it_stands() {
     block_on(async {
@@ -131,7 +231,10 @@ fn a_full_queue_says_how_full_and_when_to_come_back() {
         let id = status.metadata().get("x-request-id").unwrap().to_str().unwrap().to_owned();
         assert!(["QUEUE_FULL", "TOO_MANY_REQUESTS"].contains(&reason(&status).as_str()));
         assert_known_as(&status, &id, &reason(&status));
-        assert_retry(&status, Duration::from_secs(1));
+        // The engine's own estimate.
+        let retry = status.get_error_details().retry_info().unwrap().retry_delay.unwrap();
+        assert!(!retry.is_zero() && retry < Duration::from_secs(3600), "{retry:?}");
+        assert_retry(&status, retry);
         let quota = status.get_error_details().quota_failure().unwrap().clone();
         assert!(quota.violations[0].description.contains("3 of 3"), "{quota:?}");
         drop(running);

@@ -252,6 +252,7 @@ fn compare(page: &Page, seen: &Seen) {
         ("e2e_request_latency_seconds", seen.num),
         ("request_prompt_tokens", seen.num),
         ("request_generation_tokens", seen.num),
+        ("step_time_seconds", number("steps_total")),
     ] {
         assert_eq!(number(&format!("{name}_count")), num, "{name}");
     }
@@ -269,7 +270,10 @@ fn is_at_rest(page: &Page) {
     }
     let blocks = page.number("slipstream_kv_blocks");
     assert!(blocks > 0.0);
-    assert_eq!(page.number("slipstream_kv_blocks_free"), blocks);
+    let kept = page.number("slipstream_kv_blocks_cached");
+    assert_eq!(page.number("slipstream_kv_blocks_free") + kept, blocks);
+    assert_eq!(page.number("slipstream_kv_cache_usage_perc"), 0.0);
+    assert_eq!(page.number("slipstream_num_requests_paused"), 0.0);
     assert_eq!(page.number("slipstream_engine_step_age_seconds"), 0.0);
 }
 

@@ -2,11 +2,13 @@
 //! that the printed configuration is the one in effect, and that the documentation is what the
 //! code says.
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Output, Stdio};
 
 use serde_json::Value;
 use slipstream_server::config::reference;
+use slipstream_tests::micro_pair;
 
 use crate::program::{printed, run, slipstream};
 
@@ -54,7 +56,7 @@ fn refused(variables: &[(&str, &str)], args: &[&str]) -> String {
 }
 
 /// One setting of each type: key, default, then what file, environment and command line say.
-const LAYERED: [(&str, &str, [&str; 3]); 10] = [
+const LAYERED: [(&str, &str, [&str; 3]); 15] = [
     ("max_running", "64", ["2", "3", "4"]),
     ("load_memory", "64GiB", ["2GiB", "3GiB", "1000"]),
     ("grace", "30s", ["2s", "3m", "400ms"]),
@@ -65,6 +67,11 @@ const LAYERED: [(&str, &str, [&str; 3]); 10] = [
     ("quantize", "none", ["q8_0", "none", "q4"]),
     ("draft_quantize", "none", ["q4", "none", "q8_0"]),
     ("kv_type", "f32", ["f16", "f32", "f16"]),
+    ("step_target", "50ms", ["20ms", "1s", "30ms"]),
+    ("unread_tokens", "512", ["1", "2", "3"]),
+    ("priority_aging", "10s", ["20s", "100ms", "1m"]),
+    ("prefix_reuse", "true", ["false", "true", "false"]),
+    ("step_limit", "1m", ["2m", "10ms", "3s"]),
 ];
 
 fn shown(value: &Value) -> String {
@@ -74,7 +81,7 @@ fn shown(value: &Value) -> String {
 #[test]
 fn the_command_line_beats_the_environment_beats_the_file() {
     let line = |(key, _, [value, ..]): &(&str, &str, [&str; 3])| match *key {
-        "max_running" | "gzip" => format!("{key} = {value}\n"),
+        "max_running" | "unread_tokens" | "gzip" | "prefix_reuse" => format!("{key} = {value}\n"),
         _ => format!("{key} = {value:?}\n"),
     };
     let file = file(LAYERED.iter().map(line).collect::<String>());
@@ -126,6 +133,8 @@ fn the_printed_configuration_can_be_used_as_it_is() {
         "--http-listen=[::1]:9000",
         "--max-age=2h",
         "--gzip",
+        "--prefix-reuse=false",
+        "--step-target=75ms",
         "--max-message=1048577",
     ];
     let text = printed(&args);
@@ -208,7 +217,7 @@ type Wrong =
 
 #[test]
 fn values_outside_their_range_name_value_and_limit() {
-    let cases: [Wrong; 9] = [
+    let cases: [Wrong; 13] = [
         (&[], &["--grace=25h"], &["--grace: must be from 0s to 24h, got 25h", "grace in a conf"]),
         (
             &[("SLIPSTREAM_THREADS", "0")],
@@ -218,6 +227,10 @@ fn values_outside_their_range_name_value_and_limit() {
         (&[("SLIPSTREAM_THREADS", "x")], &[], &["'x'", "variable SLIPSTREAM_THREADS"]),
         (&[], &["--stream-window=65534"], &["--stream-window: must be from 65535 to 21474"]),
         (&[], &["--connection-window=65535"], &["--connection-window", "--stream-window (256KiB)"]),
+        (&[], &["--step-target=0s"], &["--step-target: must be from 1ms to 1h, got 0s"]),
+        (&[], &["--unread-tokens=0"], &["--unread-tokens: must be from 1 to 1048576, got 0"]),
+        (&[], &["--max-preemptions=1025"], &["--max-preemptions: must be from 0 to 1024"]),
+        (&[], &["--step-limit=9ms"], &["--step-limit: must be from 10ms to 24h, got 9ms"]),
         (&[], &["--max-headers=1KiB"], &["from 8KiB to 1MiB, got 1KiB"]),
         (&[], &["--max-age=0s"], &["--max-age: must be from 10ms"]),
         (&[], &["--http-listen=127.0.0.1:50051"], &["--http-listen: is the address of --listen"]),
@@ -244,6 +257,41 @@ fn of_two_settings_that_exclude_each_other_the_higher_layer_wins() {
     assert_eq!(is_set(&settings(&memory, &["--kv-blocks=9"])), [true, false]);
     let errors = refused(&[], &["--kv-blocks=9", "--kv-memory=1MiB"]);
     assert!(errors.contains("--kv-blocks: excludes --kv-memory"), "{errors}");
+}
+
+/// The line that a server with these flags logs about its KV memory.
+fn kv_memory(flags: &[&str]) -> Value {
+    let args = ["serve", "--listen=127.0.0.1:0", "--log-format=json"];
+    let mut command = slipstream(&[&args, flags].concat());
+    let mut process = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let lines = BufReader::new(process.stderr.take().unwrap()).lines().map_while(Result::ok);
+    let mut lines = lines.map(|line| serde_json::from_str::<Value>(&line).expect(&line));
+    let found = lines.find(|line| line["fields"]["message"] == "KV memory");
+    process.kill().unwrap();
+    process.wait().unwrap();
+    found.expect("it says how much KV there is")["fields"].clone()
+}
+
+#[test]
+fn one_budget_is_for_the_kv_of_verifier_and_draft() {
+    let number = |line: &Value, key| line[key].as_u64().expect(key);
+    let of_pair = |flag: &str| kv_memory(&[&micro_pair::FLAGS[..], &[flag]].concat());
+    let one = of_pair("--kv-blocks=1");
+    assert_eq!((number(&one, "capacity_tokens"), &one["from"]), (16, &"--kv-blocks".into()));
+    let both = number(&one, "verifier_bytes") + number(&one, "draft_bytes");
+    assert!(number(&one, "draft_bytes") > 0);
+    let budget = 10 * both + both / 2;
+    let set = of_pair(&format!("--kv-memory={budget}"));
+    assert_eq!(number(&set, "capacity_tokens"), 160);
+    assert_eq!(number(&set, "verifier_bytes") + number(&set, "draft_bytes"), 10 * both);
+    let alone = kv_memory(&["--model", micro_pair::VERIFIER, "--kv-memory=1MiB"]);
+    let tokens = 16 * ((1 << 20) / number(&one, "verifier_bytes"));
+    assert_eq!((number(&alone, "capacity_tokens"), number(&alone, "draft_bytes")), (tokens, 0));
+    assert_eq!(alone["from"], "--kv-memory 1MiB");
+    // Two requests of 1024 positions each, and as much again for those before them.
+    let derived = of_pair("--max-running=2");
+    assert_eq!(number(&derived, "capacity_tokens"), 4096);
+    assert!(derived["from"].as_str().unwrap().contains("--max-running 2"), "{derived}");
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! Owns numbers in memory that begins at a cache line, so that no vector of theirs lies across two.
 //! Knows nothing of what they mean.
 
-use crate::kernels::memory::filled;
+use bytemuck::Zeroable;
+
+use crate::kernels::memory::zeros;
 
 /// Bytes of a cache line.
 const LINE_BYTES: usize = 64;
@@ -14,8 +16,8 @@ pub struct Aligned<T> {
     len: usize,
 }
 
-impl<T: Copy + Default> Aligned<T> {
-    /// `len` zeros.
+impl<T: Zeroable + Default> Aligned<T> {
+    /// `len` zeros. Memory that is never touched costs nothing.
     ///
     /// # Errors
     /// When the memory is not there; holds the bytes needed.
@@ -23,7 +25,7 @@ impl<T: Copy + Default> Aligned<T> {
         let extra = LINE_BYTES / size_of::<T>();
         let num_bytes = len.saturating_mul(size_of::<T>());
         let room = len.checked_add(extra).ok_or(num_bytes)?;
-        let numbers = filled(room, T::default()).map_err(|_| num_bytes)?;
+        let numbers: Vec<T> = zeros(room).map_err(|_| num_bytes)?;
         // What cannot be aligned is only slower.
         let first = numbers.as_ptr().align_offset(LINE_BYTES).min(extra);
         Ok(Self { numbers, first, len })

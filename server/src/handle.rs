@@ -1,17 +1,22 @@
 //! Owns the network side of the engine's queues: submitting, receiving events, ending a request by
-//! dropping its stream or by its canceller. Knows tokio and the engine's messages; never touches
-//! engine state.
+//! dropping its stream. Ending one from elsewhere is in `canceller.rs`. Knows tokio and the
+//! engine's messages; never touches engine state.
 
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use crossbeam::channel::Sender;
 use slipstream_model::ids::SequenceId;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::futures::OwnedNotified;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, TryAcquireError, mpsc, oneshot};
 
 use crate::engine::event::{CancelReason, Event, OutputToken};
 use crate::engine::request::{Request, SubmitError};
+
+pub use crate::canceller::Canceller;
 
 /// Events that wait for one slow reader before the engine holds further output back. Output is
 /// never lost: it coalesces into the next event. The events of one request, queued or held back,
@@ -21,6 +26,11 @@ use crate::engine::request::{Request, SubmitError};
 pub const EVENT_QUEUE_LEN: usize = 32;
 
 const _: () = assert!(size_of::<OutputToken>() <= 32);
+
+/// Requests beyond those that the engine holds that may be on their way to it. It refuses them
+/// itself, because it knows when to come back; what comes beyond these is refused here, so that a
+/// flood costs the engine nothing.
+const REFUSALS_MAX: usize = 64;
 
 /// What the network side asks of the engine thread. Every live request has room for its two
 /// commands reserved in the queue, so sending never blocks and a cancel is never lost.
@@ -59,21 +69,52 @@ pub struct EngineHandle {
     permits: Arc<Semaphore>,
     max_requests: usize,
     next_id: Arc<AtomicU64>,
+    /// Tells every stream when the engine is given up.
+    given_up: Arc<Notify>,
+}
+
+/// A request that was sent off, and where its answer comes.
+struct Sent {
+    stream: RequestStream,
+    /// `None` for one that was cancelled before: it has no answer and no events.
+    answer: Option<oneshot::Receiver<Result<(), SubmitError>>>,
+}
+
+impl Sent {
+    /// Waits until the engine has taken the request.
+    async fn taken(mut self) -> Result<RequestStream, SubmitError> {
+        let Some(answer) = self.answer else { return Ok(self.stream) };
+        let answer = tokio::select! {
+            biased;
+            answer = answer => answer,
+            () = self.stream.given_up.as_mut() => return Err(SubmitError::ShuttingDown),
+        };
+        match answer {
+            Ok(Ok(())) => Ok(self.stream),
+            Ok(Err(error)) => {
+                self.stream.canceller.release();
+                Err(error)
+            }
+            // It was cancelled before the engine saw it, and its command went with the engine.
+            Err(_) => Err(SubmitError::ShuttingDown),
+        }
+    }
 }
 
 impl EngineHandle {
-    /// Capacity of a command queue that serves `max_requests` live requests: two commands each, and
-    /// room for `Drain` and `Stop`.
+    /// Capacity of a command queue that serves `max_requests` live requests: two commands for each
+    /// of them and of those that the engine refuses, and room for `Drain` and `Stop`.
     #[must_use]
     pub fn queue_capacity(max_requests: usize) -> usize {
-        2 * max_requests + 8
+        2 * (max_requests + REFUSALS_MAX) + 8
     }
 
     /// A handle that sends into a queue of [`queue_capacity`](Self::queue_capacity).
     #[must_use]
     pub fn new(commands: Sender<Command>, max_requests: usize) -> Self {
-        let permits = Arc::new(Semaphore::new(max_requests));
-        Self { commands, permits, max_requests, next_id: Arc::new(AtomicU64::new(0)) }
+        let permits = Arc::new(Semaphore::new(max_requests + REFUSALS_MAX));
+        let next_id = Arc::new(AtomicU64::new(0));
+        Self { commands, permits, max_requests, next_id, given_up: Arc::default() }
     }
 
     /// Hands a request to the engine. It ends early when the stream of its events is dropped, or
@@ -87,30 +128,76 @@ impl EngineHandle {
         request: Request,
         canceller: &Canceller,
     ) -> Result<RequestStream, SubmitError> {
-        let permit = Arc::clone(&self.permits)
-            .try_acquire_owned()
-            .map_err(|_| SubmitError::TooManyRequests { limit: self.max_requests })?;
+        let permit = self.permits(1)?;
+        self.send(request, canceller, permit)?.taken().await
+    }
+
+    /// Hands several samples of one request to the engine: `request` and, with the sample indices
+    /// behind its own, one more for every further canceller. All are taken or none; each ends early
+    /// as if it were alone. Returns their streams in the same order.
+    ///
+    /// # Errors
+    /// The first [`SubmitError`]; those taken before are cancelled.
+    pub async fn submit_samples(
+        &self,
+        request: Request,
+        cancellers: &[Canceller],
+    ) -> Result<Vec<RequestStream>, SubmitError> {
+        let mut permits = self.permits(cancellers.len())?;
+        let mut sent: Vec<Sent> = Vec::with_capacity(cancellers.len());
+        // All before the first answer: the engine sees them together, between two steps.
+        for (canceller, offset) in cancellers.iter().zip(0..) {
+            let mut sample = request.clone();
+            sample.params.sample_index += offset;
+            sample.sibling = sent.first().map(|first| first.stream.id);
+            let permit = permits.split(1).ok_or(SubmitError::Invalid("a sample has no place"))?;
+            sent.push(self.send(sample, canceller, permit)?);
+        }
+        let mut streams = Vec::with_capacity(sent.len());
+        for sent in sent {
+            streams.push(sent.taken().await?);
+        }
+        Ok(streams)
+    }
+
+    /// Places for so many requests, all or none.
+    fn permits(&self, num: usize) -> Result<OwnedSemaphorePermit, SubmitError> {
+        let full = SubmitError::TooManyRequests { limit: self.max_requests };
+        let num = u32::try_from(num).map_err(|_| full.clone())?;
+        Arc::clone(&self.permits).try_acquire_many_owned(num).map_err(|refused| match refused {
+            TryAcquireError::NoPermits => full,
+            TryAcquireError::Closed => SubmitError::ShuttingDown,
+        })
+    }
+
+    /// Sends a request off. From here on the engine may know it: whatever happens to the future
+    /// that waits for its answer, the stream's drop tells the engine to forget.
+    fn send(
+        &self,
+        request: Request,
+        canceller: &Canceller,
+        permit: OwnedSemaphorePermit,
+    ) -> Result<Sent, SubmitError> {
+        let given_up = Box::pin(Arc::clone(&self.given_up).notified_owned());
+        // Whoever gives the engine up closes the permits, then tells those that listen by then.
+        if self.permits.is_closed() {
+            return Err(SubmitError::ShuttingDown);
+        }
         let id = SequenceId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let (events, receiver) = mpsc::channel(EVENT_QUEUE_LEN);
-        // From here on the engine may know the request: whatever happens to this future, the
-        // stream's drop tells it to forget.
         let unread = Unread::of(&events);
-        let stream = RequestStream { id, receiver, unread, canceller: canceller.clone() };
+        let stream = RequestStream { id, receiver, unread, canceller: canceller.clone(), given_up };
         let (reply, answer) = oneshot::channel();
         let canceller = canceller.clone();
         let submission = Box::new(Submission { id, request, events, canceller, reply });
-        if !stream.canceller.submit(submission, &self.commands, permit)? {
-            return Ok(stream);
-        }
-        match answer.await {
-            Ok(Ok(())) => Ok(stream),
-            Ok(Err(error)) => {
-                stream.canceller.release();
-                Err(error)
-            }
-            // It was cancelled before the engine saw it, and its command went with the engine.
-            Err(_) => Err(SubmitError::ShuttingDown),
-        }
+        let is_sent = stream.canceller.submit(submission, &self.commands, permit)?;
+        Ok(Sent { stream, answer: is_sent.then_some(answer) })
+    }
+
+    /// Requests that can be alive at the same time.
+    #[must_use]
+    pub fn max_requests(&self) -> usize {
+        self.max_requests
     }
 
     /// Refuses new requests from now on.
@@ -125,97 +212,18 @@ impl EngineHandle {
         let _ = self.commands.try_send(Command::Stop);
     }
 
+    /// Ends every stream and takes no requests any more, without the engine, which does not come
+    /// back: its requests end as if it had gone.
+    pub(crate) fn give_up(&self) {
+        self.permits.close();
+        self.given_up.notify_waiters();
+    }
+
     /// Requests that are alive now: from submission until the engine has ended them, whether or not
     /// their last events were read.
     #[must_use]
     pub fn num_live(&self) -> usize {
-        self.max_requests - self.permits.available_permits()
-    }
-}
-
-/// Ends one request from outside its stream. Clones are the same canceller. It holds the request's
-/// place among the live ones, and with it the room that is reserved for its one cancel in the
-/// engine's queue; whoever is first takes both: the stream's drop, a canceller, or the engine.
-#[derive(Clone, Debug, Default)]
-pub struct Canceller {
-    state: Arc<Mutex<Life>>,
-}
-
-/// How far the life of a request is, as seen from the network side.
-#[derive(Debug, Default)]
-enum Life {
-    /// The engine does not know it yet.
-    #[default]
-    New,
-    /// The engine may work on it.
-    Live { id: SequenceId, commands: Sender<Command>, permit: OwnedSemaphorePermit },
-    /// The engine has ended it; events may be unread.
-    Ended,
-    /// It was told to end before anything else ended it, or what is unread shall go.
-    Cancelled(CancelReason),
-}
-
-impl Canceller {
-    /// Ends the request. Events that it has handed over can still be read, further ones will not
-    /// come. Returns whether it was alive and this was the call that ended it.
-    pub fn cancel(&self, reason: CancelReason) -> bool {
-        let mut state = self.lock();
-        if matches!(*state, Life::Cancelled(_)) {
-            return false;
-        }
-        match std::mem::replace(&mut *state, Life::Cancelled(reason)) {
-            Life::New => true,
-            Life::Live { id, commands, permit } => {
-                // Room for this command was reserved with the permit; a closed queue means that
-                // there is no engine left to tell.
-                let _ = commands.try_send(Command::Cancel(id, reason, permit));
-                true
-            }
-            Life::Ended | Life::Cancelled(_) => false,
-        }
-    }
-
-    /// Why the request was cancelled, if it was.
-    #[must_use]
-    pub fn cancelled(&self) -> Option<CancelReason> {
-        match *self.lock() {
-            Life::Cancelled(reason) => Some(reason),
-            Life::New | Life::Live { .. } | Life::Ended => None,
-        }
-    }
-
-    /// Gives the place back of a request that the engine has ended or never took.
-    pub(crate) fn release(&self) {
-        let mut state = self.lock();
-        if matches!(*state, Life::Live { .. }) {
-            *state = Life::Ended;
-        }
-    }
-
-    /// Sends the request off. Returns false when it was cancelled before.
-    fn submit(
-        &self,
-        submission: Box<Submission>,
-        commands: &Sender<Command>,
-        permit: OwnedSemaphorePermit,
-    ) -> Result<bool, SubmitError> {
-        let mut state = self.lock();
-        match *state {
-            Life::New => {}
-            Life::Cancelled(_) => return Ok(false),
-            Life::Live { .. } | Life::Ended => {
-                return Err(SubmitError::Invalid("its canceller belongs to another request"));
-            }
-        }
-        let id = submission.id;
-        commands.try_send(Command::Submit(submission)).map_err(|_| SubmitError::ShuttingDown)?;
-        *state = Life::Live { id, commands: commands.clone(), permit };
-        Ok(true)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Life> {
-        // No code that could panic runs under the lock.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.max_requests + REFUSALS_MAX - self.permits.available_permits()
     }
 }
 
@@ -226,18 +234,23 @@ pub struct RequestStream {
     receiver: mpsc::Receiver<Event>,
     unread: Unread,
     canceller: Canceller,
+    /// Resolves when the engine is given up.
+    given_up: Pin<Box<OwnedNotified>>,
 }
 
 impl RequestStream {
     /// The next event; `None` after [`Event::Finished`], after a cancel, or when the engine has
-    /// ended.
+    /// ended or was given up.
     pub async fn next(&mut self) -> Option<Event> {
-        self.receiver.recv().await
+        poll_fn(|cx| self.poll_next(cx)).await
     }
 
     /// The same for hand-written streams.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
-        self.receiver.poll_recv(cx)
+        match self.receiver.poll_recv(cx) {
+            Poll::Pending if self.given_up.as_mut().poll(cx).is_ready() => Poll::Ready(None),
+            news => news,
+        }
     }
 
     /// The id the engine knows the request by.
@@ -286,7 +299,7 @@ impl Drop for RequestStream {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use crossbeam::channel;
     use slipstream_model::clock::Micros;
     use slipstream_model::ids::TokenId;
@@ -295,7 +308,8 @@ mod tests {
     use super::{CancelReason, Canceller, Command, EngineHandle, Request, Submission};
     use crate::engine::request::{PrefixReuse, Priority, Speculation, SubmitError, TenantId};
 
-    fn request() -> Request {
+    /// The least that can be asked.
+    pub(crate) fn request() -> Request {
         Request {
             prompt: vec![TokenId(0)],
             output_prefix: Vec::new(),
@@ -344,8 +358,6 @@ mod tests {
                 assert!(!canceller.cancel(CancelReason::Stalled), "only once");
                 assert_eq!(stream.cancelled(), Some(CancelReason::Aborted));
             }
-            let refused = handle.submit(request(), &Canceller::default()).await;
-            assert_eq!(refused.err(), Some(SubmitError::TooManyRequests { limit: 1 }));
             drop(submission);
             assert_eq!(stream.next().await, None);
             drop(stream);
@@ -389,6 +401,51 @@ mod tests {
         assert!(commands.try_recv().is_err());
         let again = handle.submit(request(), &canceller).await;
         assert!(again.is_ok(), "still nothing");
+    }
+
+    #[tokio::test]
+    async fn samples_go_together_and_come_back_together() {
+        let (sender, commands) = channel::bounded(EngineHandle::queue_capacity(3));
+        let handle = EngineHandle::new(sender, 3);
+        let cancellers: Vec<Canceller> = (0..3).map(|_| Canceller::default()).collect();
+        let mut first = request();
+        first.params.sample_index = 7;
+        let (streams, ()) = tokio::join!(handle.submit_samples(first, &cancellers), async {
+            let taken: Vec<_> = (0..3).map(|_| *take(&commands)).collect();
+            let what =
+                |sample: &Submission| (sample.request.params.sample_index, sample.request.sibling);
+            let first = Some(taken[0].id);
+            let expected = [(7, None), (8, first), (9, first)];
+            assert_eq!(taken.iter().map(what).collect::<Vec<_>>(), expected);
+            assert_eq!(handle.num_live(), 3);
+            let full = SubmitError::QueueFull { limit: 2, retry_after: Micros(1) };
+            for (sample, answer) in taken.into_iter().zip([Ok(()), Err(full), Ok(())]) {
+                sample.reply.send(answer).expect("it is waited for");
+            }
+        });
+        assert!(matches!(streams, Err(SubmitError::QueueFull { limit: 2, .. })));
+        let cancelled: Vec<_> = commands.try_iter().collect();
+        assert_eq!(cancelled.len(), 2, "those that were taken: {cancelled:?}");
+        drop(cancelled);
+        assert_eq!(handle.num_live(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_flood_is_refused_without_the_engine() {
+        let (handle, commands) = one();
+        for (num, error) in [
+            (1 + super::REFUSALS_MAX, None), // the engine has the word
+            (2 + super::REFUSALS_MAX, Some(SubmitError::TooManyRequests { limit: 1 })),
+        ] {
+            let cancellers: Vec<Canceller> = (0..num).map(|_| Canceller::default()).collect();
+            let refused = tokio::select! {
+                biased;
+                taken = handle.submit_samples(request(), &cancellers) => taken.err(),
+                () = std::future::ready(()) => None,
+            };
+            assert_eq!(refused, error);
+        }
+        drop(commands);
     }
 
     #[tokio::test]

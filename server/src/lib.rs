@@ -1,6 +1,7 @@
 //! The slipstream server: `run(config, listeners, shutdown)` and the [`engine`] it runs.
 
 mod backend;
+mod canceller;
 pub mod cli;
 pub mod config;
 mod embedded;
@@ -8,6 +9,7 @@ pub mod engine;
 mod grpc;
 pub mod handle;
 mod http;
+mod kv_budget;
 pub mod local;
 mod logging;
 pub mod metrics;
@@ -17,6 +19,7 @@ mod run;
 mod shutdown;
 mod stage;
 pub mod startup;
+mod watchdog;
 
 pub use net::settings::NetConfig;
 pub use run::{Listeners, RunError, run};

@@ -10,9 +10,10 @@ use tokio::task::JoinHandle;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::config::Config;
-use crate::run::{RunError, run_reporting};
+use crate::run::{Listeners, RunError, run_reporting};
 use crate::shutdown::{Shutdown, Stopper};
 use crate::stage::{self, Stage};
+use crate::startup::Around;
 
 /// Why a local server is not there.
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +48,15 @@ impl LocalServer {
     /// # Errors
     /// [`LocalServerError`] when it does not get that far.
     pub async fn start(config: Config) -> Result<Self, LocalServerError> {
-        let mut server = Self::start_loading(config).await?;
+        Self::start_around(config, Box::new(|verifier| verifier)).await
+    }
+
+    /// The same with something around its verifier.
+    ///
+    /// # Errors
+    /// [`LocalServerError`] when it does not get that far.
+    pub async fn start_around(config: Config, around: Around) -> Result<Self, LocalServerError> {
+        let mut server = Self::load(config, around).await?;
         // An error means that the server has ended, and with it the sender.
         let has_begun = server.stage.wait_for(|stage| *stage != Stage::Loading).await.is_ok();
         if has_begun {
@@ -62,11 +71,16 @@ impl LocalServer {
     /// # Errors
     /// [`LocalServerError`] when no port can be had or reached.
     pub async fn start_loading(config: Config) -> Result<Self, LocalServerError> {
+        Self::load(config, Box::new(|verifier| verifier)).await
+    }
+
+    async fn load(config: Config, around: Around) -> Result<Self, LocalServerError> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
         let (stopper, shutdown) = Shutdown::new();
         let (reported, stage) = stage::channel();
-        let task = tokio::spawn(run_reporting(config, listener.into(), shutdown, reported));
+        let listeners = Listeners::from(listener);
+        let task = tokio::spawn(run_reporting(config, listeners, shutdown, (reported, around)));
         match connect(&format!("http://{address}")).await {
             Ok(channel) => Ok(Self { address, channel, stopper, stage, task }),
             Err(unreachable) => {

@@ -20,7 +20,7 @@ pub(crate) async fn follow(mut stage: watch::Receiver<Stage>) {
 fn tell(stage: Stage) {
     let status = NotifyState::Status(stage.name());
     let told = match stage {
-        Stage::Loading => sd_notify::notify(&[status]),
+        Stage::Loading | Stage::Stuck => sd_notify::notify(&[status]),
         Stage::Serving => sd_notify::notify(&[NotifyState::Ready, status]),
         Stage::Draining => sd_notify::notify(&[NotifyState::Stopping, status]),
     };

@@ -1,5 +1,6 @@
 //! Owns the life of a server: answer probes at once, load, serve requests, drain, end. Knows the
-//! order of these things; how each is done is in `startup.rs`, `grpc/`, `net/` and the engine.
+//! order of these things; how each is done is in `startup.rs`, `watchdog.rs`, `grpc/`, `net/` and
+//! the engine.
 
 use std::convert::Infallible;
 use std::io;
@@ -12,7 +13,7 @@ use tokio::sync::{oneshot, watch};
 
 use crate::backend::Backend;
 use crate::config::{Config, EdgeConfig};
-use crate::engine::runner::EngineThread;
+use crate::engine::runner::{EngineError, EngineThread};
 use crate::grpc::calls::Calls;
 use crate::grpc::routes::{self, GrpcParts};
 use crate::handle::EngineHandle;
@@ -22,15 +23,14 @@ use crate::net::files;
 use crate::net::listener::{Port, PortParts};
 use crate::shutdown::Shutdown;
 use crate::stage::{self, Stage};
-use crate::startup::{self, StartupError};
+use crate::startup::{self, Around, StartupError};
+use crate::watchdog::Watchdog;
 
 /// How long connections may take to close once every call has its status.
 const CLOSING_GRACE: Duration = Duration::from_secs(1);
 /// The same within the grace: answers that are on their way shall arrive on slow lines too.
 const CLOSING_GRACE_MAX: Duration = Duration::from_secs(5);
-/// How long the step in hand may take when the engine is told to stop.
-const ENGINE_GRACE: Duration = Duration::from_secs(60);
-/// The same for both, one after the other, when the server is told to end at once.
+/// How long the engine and, after it, connections may take when the server is told to end at once.
 const FORCED_GRACE: Duration = Duration::from_millis(400);
 
 /// Why a server ended other than by its shutdown signal.
@@ -45,9 +45,19 @@ pub enum RunError {
     /// The engine thread panicked. Requests ended as UNAVAILABLE.
     #[error("the engine ended unexpectedly; its panic is on stderr")]
     EngineEnded,
-    /// The engine did not end although it was told to.
-    #[error("the engine was still inside a step {ENGINE_GRACE:?} after it was told to end")]
-    EngineStuck,
+    /// The engine ended by rule: the verifier failed in several steps in a row, or panicked. The
+    /// requests of these steps ended as INTERNAL, all others as UNAVAILABLE.
+    #[error("the verifier keeps failing, so the engine has ended; the log says how it failed")]
+    VerifierFailed,
+    /// The engine did not come back from a step. Requests ended as UNAVAILABLE, and its thread was
+    /// left behind.
+    #[error("the engine hangs: it has been inside one step for {age:?} (--step-limit {limit:?})")]
+    EngineHung {
+        /// How long, when it was given up.
+        age: Duration,
+        /// The limit, of which it took twice as much.
+        limit: Duration,
+    },
     /// The server was told to end at once while it was draining.
     #[error("ended at once, as told: what was running was cut off")]
     Forced,
@@ -60,6 +70,15 @@ pub struct Listeners {
     pub main: TcpListener,
     /// For HTTP: probes and metrics.
     pub http: Option<TcpListener>,
+}
+
+impl From<EngineError> for RunError {
+    fn from(error: EngineError) -> Self {
+        match error {
+            EngineError::VerifierFailed => Self::VerifierFailed,
+            EngineError::Panicked => Self::EngineEnded,
+        }
+    }
 }
 
 impl From<TcpListener> for Listeners {
@@ -80,24 +99,28 @@ pub async fn run(
     shutdown: Shutdown,
 ) -> Result<(), RunError> {
     let (stage, _) = stage::channel();
-    run_reporting(config, listeners.into(), shutdown, stage).await
+    let around: Around = Box::new(|verifier| verifier);
+    run_reporting(config, listeners.into(), shutdown, (stage, around)).await
 }
 
-/// [`run`], and `stage` follows the server's life.
+/// [`run`], and `stage` follows the server's life, and the verifier is wrapped.
 pub(crate) async fn run_reporting(
     config: Config,
     listeners: Listeners,
     mut shutdown: Shutdown,
-    stage: watch::Sender<Stage>,
+    (stage, around): (watch::Sender<Stage>, Around),
 ) -> Result<(), RunError> {
     let backend = Arc::new(OnceLock::new());
     let clock: Arc<dyn Clock> = Arc::new(MonotonicClock::start());
     let metrics = Arc::new(Metrics::new(&clock, stage.subscribe()));
+    let limit = config.edge.step_limit;
+    let watchdog = Watchdog::new(Arc::clone(&metrics), limit, stage.clone());
     let mut edge =
         Edge::open(listeners, &config.edge, Arc::clone(&backend), (stage, Arc::clone(&metrics)))
             .await;
-    let grace = config.edge.grace;
-    let mut loading = off_the_runtime("loader", move || startup::start(&config, clock, &metrics))?;
+    let edge_config = config.edge.clone();
+    let work = move || startup::start(&config, clock, &metrics, around);
+    let mut loading = off_the_runtime("loader", work)?;
     let loaded = tokio::select! {
         loaded = &mut loading => loaded.map_err(|_| RunError::EngineEnded)?,
         () = shutdown.drain() => {
@@ -115,30 +138,25 @@ pub(crate) async fn run_reporting(
         }
     };
     let engine = ready.engine.clone();
-    let mut engine_end = watch(thread)?;
+    let engine_end = watch(thread)?;
     // The cell is filled here and nowhere else.
     let _ = backend.set(ready);
     edge.stage.send_replace(Stage::Serving);
     tracing::info!("ready");
-    tokio::select! {
-        () = shutdown.drain() => {}
-        _ = &mut engine_end => {
-            edge.begin_drain();
-            edge.close(CLOSING_GRACE).await;
-            return Err(RunError::EngineEnded);
-        }
-        never = edge.ended() => match never {},
-    }
-    Drain { edge, engine, engine_end, shutdown }.run(grace).await
+    Served { edge, engine, engine_end, watchdog, shutdown }.run(&edge_config).await
 }
 
-/// The last part of a server's life.
-struct Drain {
+/// A server that is loaded.
+struct Served {
     edge: Edge,
     engine: EngineHandle,
-    engine_end: oneshot::Receiver<bool>,
+    engine_end: EngineEnd,
+    watchdog: Watchdog,
     shutdown: Shutdown,
 }
+
+/// Tells how the engine thread has ended.
+type EngineEnd = oneshot::Receiver<Result<(), EngineError>>;
 
 /// How the wait for running calls ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,10 +169,26 @@ enum Waited {
     Forced,
 }
 
-impl Drain {
+impl Served {
+    /// Serves, drains when told to, and ends.
+    async fn run(mut self, config: &EdgeConfig) -> Result<(), RunError> {
+        tokio::select! {
+            () = self.shutdown.drain() => {}
+            ended = &mut self.engine_end => {
+                self.edge.begin_drain();
+                self.edge.close(CLOSING_GRACE).await;
+                return Err(unasked_end(ended));
+            }
+            age = self.watchdog.hung() => return self.give_up(age, config).await,
+            never = self.edge.ended() => match never {},
+        }
+        self.drain(config).await
+    }
+
     /// Lets running requests finish, ends the rest, and waits for the engine.
-    async fn run(mut self, grace: Duration) -> Result<(), RunError> {
+    async fn drain(mut self, config: &EdgeConfig) -> Result<(), RunError> {
         let begun = Instant::now();
+        let grace = config.grace;
         tracing::info!(running = self.engine.num_live(), grace_s = grace.as_secs(), "draining");
         self.engine.drain();
         self.edge.begin_drain();
@@ -163,6 +197,7 @@ impl Drain {
             () = self.shutdown.force() => Waited::Forced,
             () = self.edge.calls.all_ended() => Waited::Finished,
             () = tokio::time::sleep(grace) => Waited::GraceOver,
+            age = self.watchdog.hung() => return self.give_up(age, config).await,
         };
         if waited == Waited::GraceOver {
             tracing::warn!(running = self.engine.num_live(), "grace is over: the rest is ended");
@@ -171,10 +206,13 @@ impl Drain {
         // their ends only when it has ended, and connections close only behind that.
         self.engine.stop();
         let ended = tokio::select! {
-            ended = tokio::time::timeout(ENGINE_GRACE, &mut self.engine_end) => ended,
+            ended = &mut self.engine_end => Some(ended),
+            age = self.watchdog.hung(), if waited != Waited::Forced => {
+                return self.give_up(age, config).await;
+            }
             () = self.shutdown.force() => {
                 waited = Waited::Forced;
-                tokio::time::timeout(FORCED_GRACE, &mut self.engine_end).await
+                tokio::time::timeout(FORCED_GRACE, &mut self.engine_end).await.ok()
             }
         };
         let closing_grace = match waited {
@@ -187,11 +225,29 @@ impl Drain {
         };
         self.edge.close(closing_grace).await;
         match (waited, ended) {
-            (Waited::Forced, _) => Err(RunError::Forced),
-            (Waited::Finished | Waited::GraceOver, Ok(Ok(true))) => Ok(()),
-            (Waited::Finished | Waited::GraceOver, Ok(_)) => Err(RunError::EngineEnded),
-            (Waited::Finished | Waited::GraceOver, Err(_)) => Err(RunError::EngineStuck),
+            (Waited::Forced, _) | (_, None) => Err(RunError::Forced),
+            (Waited::Finished | Waited::GraceOver, Some(Ok(Ok(())))) => Ok(()),
+            (Waited::Finished | Waited::GraceOver, Some(ended)) => Err(unasked_end(ended)),
         }
+    }
+
+    /// Ends without the engine, which does not come back: its calls get their status from the
+    /// edge, and its thread is left behind.
+    async fn give_up(self, age: Duration, config: &EdgeConfig) -> Result<(), RunError> {
+        let age_ms = age.as_millis() as u64;
+        tracing::error!(running = self.engine.num_live(), age_ms, "giving the engine up");
+        self.engine.give_up();
+        self.edge.begin_drain();
+        self.edge.close(CLOSING_GRACE).await;
+        Err(RunError::EngineHung { age, limit: config.step_limit })
+    }
+}
+
+/// Why the engine thread ended that was not told to.
+fn unasked_end(ended: Result<Result<(), EngineError>, oneshot::error::RecvError>) -> RunError {
+    match ended {
+        Ok(Err(error)) => error.into(),
+        Ok(Ok(())) | Err(_) => RunError::EngineEnded,
     }
 }
 
@@ -220,7 +276,7 @@ impl Edge {
         })
         .await;
         let stats = Arc::clone(&metrics.net);
-        let http_parts = HttpParts { metrics };
+        let http_parts = HttpParts { metrics, step_limit: config.step_limit };
         let http = http::routes(http_parts.clone());
         let num_ports = 1 + usize::from(listeners.http.is_some());
         let connections_max = files::make_room(config.net.connections_max * num_ports) / num_ports;
@@ -285,7 +341,7 @@ fn off_the_runtime<T: Send + 'static>(
     Ok(receiver)
 }
 
-/// Tells when the engine thread has ended, and whether as it should.
-fn watch(thread: EngineThread) -> Result<oneshot::Receiver<bool>, RunError> {
-    off_the_runtime("engine-watch", move || thread.join().is_ok())
+/// Tells when the engine thread has ended, and how.
+fn watch(thread: EngineThread) -> Result<EngineEnd, RunError> {
+    off_the_runtime("engine-watch", move || thread.join())
 }

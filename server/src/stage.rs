@@ -10,6 +10,8 @@ pub(crate) enum Stage {
     Loading,
     /// Requests are taken.
     Serving,
+    /// Requests would be taken, but the engine hangs inside a step; it may come back.
+    Stuck,
     /// Requests are refused; those taken go on within the grace.
     Draining,
 }
@@ -20,6 +22,7 @@ impl Stage {
         match self {
             Self::Loading => "loading",
             Self::Serving => "serving",
+            Self::Stuck => "stuck",
             Self::Draining => "draining",
         }
     }

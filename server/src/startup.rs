@@ -1,5 +1,5 @@
 //! Owns the way from settings to a running engine: load, check that draft and verifier belong
-//! together, size the KV pools, start the thread. Knows no network.
+//! together, start the thread. Knows no network; what the KV pools take is in `kv_budget.rs`.
 
 use std::io;
 use std::sync::Arc;
@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use slipstream_draft::model_proposer::{ModelProposer, ModelProposerOptions};
 use slipstream_draft::proposer::Proposer;
-use slipstream_model::block_manager::BlockManager;
 use slipstream_model::clock::Clock;
 use slipstream_model::config::LlamaConfig;
+use slipstream_model::forward::{Forward, ForwardError};
 use slipstream_model::ids::{BLOCK_LEN, DraftEpoch};
 use slipstream_model::kernels::{Isa, NUMERICS_VERSION};
-use slipstream_model::kv_pool::{KvPool, KvType};
+use slipstream_model::kv_pool::KvType;
 use slipstream_model::load::{
     LoadError, LoadOptions, LoadProgress, LoadStage, LoadedModel, ModelSource, WeightFormat, load,
 };
@@ -23,20 +23,18 @@ use slipstream_model::weights::LlamaWeights;
 
 use crate::backend::Backend;
 use crate::config::{
-    Config, ConfigError, EdgeConfig, KvPrecision, KvSize, ModelChoice, ModelConfig, ModelFlags,
-    Quantize,
+    Config, ConfigError, EdgeConfig, KvPrecision, ModelChoice, ModelConfig, ModelFlags, Quantize,
 };
 use crate::embedded;
 use crate::engine::runner::{self, EngineThread};
 use crate::engine::{Engine, EngineParts};
 use crate::grpc::served::{ServedDraft, ServedModel};
 use crate::handle::EngineHandle;
+use crate::kv_budget::KvBudget;
 use crate::metrics::Metrics;
 use crate::metrics::process::ProcessReading;
 use crate::stage;
 
-/// Memory of the verifier's KV pool unless configured.
-const KV_BYTES_DEFAULT_MAX: u64 = 1 << 30;
 /// Epoch of the draft that the server starts with.
 const FIRST_EPOCH: DraftEpoch = DraftEpoch(1);
 /// What messages call the models.
@@ -77,15 +75,15 @@ pub enum StartupError {
         /// Identity of the verifier's vocabulary.
         verifier_fingerprint: String,
     },
-    /// The KV pool would hold next to nothing, or more than there are ids for.
+    /// The KV pools would hold next to nothing, or more than there are ids for.
     #[error(
-        "the KV pool would have {blocks} blocks of {block_bytes} bytes; it needs 1 to {limit}: \
-         change --kv-memory or --kv-blocks"
+        "the KV pools would have {blocks} blocks, each {block_bytes} bytes for verifier and draft \
+         together; they need 1 to {limit}: change --kv-memory or --kv-blocks"
     )]
     KvPool {
         /// Blocks that the settings give.
         blocks: u64,
-        /// Memory of one block.
+        /// Memory of one block in both.
         block_bytes: u64,
         /// Most blocks.
         limit: u64,
@@ -98,6 +96,9 @@ pub enum StartupError {
         /// What is wrong.
         source: ModelError,
     },
+    /// The verifier cannot compute a row.
+    #[error("the verifier fails at its first rows: {0}")]
+    Rehearsal(#[source] ForwardError),
     /// The operating system gives no random numbers.
     #[error("the operating system gives no random numbers")]
     NoRandomness,
@@ -167,6 +168,10 @@ impl Assembly {
     }
 }
 
+/// What is put around the verifier before the engine gets it. Servers put nothing there; tests let
+/// it fail.
+pub type Around = Box<dyn FnOnce(Box<dyn Forward>) -> Box<dyn Forward> + Send>;
+
 /// Loads the models and starts the engine. Takes as long as reading the files does.
 ///
 /// # Errors
@@ -175,8 +180,10 @@ pub(crate) fn start(
     config: &Config,
     clock: Arc<dyn Clock>,
     metrics: &Metrics,
+    around: Around,
 ) -> Result<(Backend, EngineThread), StartupError> {
-    let Assembly { engine, served, sizes: _ } = assemble(config, Arc::clone(&clock))?;
+    let assembly = assemble_around(config, Arc::clone(&clock), around)?;
+    let Assembly { engine, served, sizes: _ } = assembly;
     let recorder = metrics.engine_starts(served.to_name());
     let (engine, thread) = runner::spawn(engine, config.requests_max(), recorder)?;
     Ok((Backend { model: Arc::new(served), engine, clock }, thread))
@@ -187,6 +194,14 @@ pub(crate) fn start(
 /// # Errors
 /// [`StartupError`] says what to change.
 pub fn assemble(config: &Config, clock: Arc<dyn Clock>) -> Result<Assembly, StartupError> {
+    assemble_around(config, clock, Box::new(|verifier| verifier))
+}
+
+fn assemble_around(
+    config: &Config,
+    clock: Arc<dyn Clock>,
+    around: Around,
+) -> Result<Assembly, StartupError> {
     let models = &config.models;
     let begun = Instant::now();
     let verifier = load_model(VERIFIER, &models.verifier, models)?;
@@ -197,8 +212,10 @@ pub fn assemble(config: &Config, clock: Arc<dyn Clock>) -> Result<Assembly, Star
     if let Some(draft) = &draft {
         check_vocabulary(draft, &verifier)?;
     }
-    let num_blocks = kv_blocks(models.kv, &verifier, config.engine.max_running)?;
-    log_sizes(&verifier, draft.as_ref(), num_blocks);
+    let kv = KvBudget::new(models.kv, &verifier, draft.as_ref(), config.engine.max_running)?;
+    let num_blocks = kv.num_blocks;
+    log_sizes(&verifier, draft.as_ref());
+    kv.log();
     let sizes = std::iter::once(&verifier).chain(&draft).map(ModelSize::of).collect();
     let options = ModelProposerOptions {
         target_vocab_size: verifier.config.vocab_size,
@@ -212,14 +229,15 @@ pub fn assemble(config: &Config, clock: Arc<dyn Clock>) -> Result<Assembly, Star
     };
     let (mut served, transformer) = served(config, verifier, num_blocks)?;
     served.draft = served_draft;
-    let engine = Engine::new(EngineParts {
+    let mut engine = Engine::new(EngineParts {
         config: config.engine,
-        verifier: Box::new(transformer),
+        verifier: around(Box::new(transformer)),
         proposer,
         token_bytes: served.tokenizer.token_bytes(),
         clock,
         cache_key: cache_key()?,
     });
+    engine.rehearse().map_err(StartupError::Rehearsal)?;
     log_ready(begun.elapsed());
     Ok(Assembly { engine, served, sizes })
 }
@@ -376,32 +394,6 @@ fn short_hex(bytes: &[u8; 32]) -> String {
     bytes.iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Memory of one KV block.
-fn block_bytes(model: &LoadedModel) -> u64 {
-    let bytes = KvPool::num_bytes_for(&model.config, model.kv_type, 1)
-        .expect("the loader bounds every length");
-    bytes as u64
-}
-
-/// Blocks of the verifier's pool.
-fn kv_blocks(size: KvSize, model: &LoadedModel, max_running: usize) -> Result<usize, StartupError> {
-    let block_bytes = block_bytes(model);
-    let full_context = BlockManager::blocks_for(model.config.context_len) as u64;
-    let blocks = match size {
-        KvSize::Blocks(blocks) => blocks as u64,
-        KvSize::Bytes(bytes) => bytes / block_bytes,
-        KvSize::Auto => {
-            let wanted = full_context.saturating_mul(max_running as u64);
-            wanted.min((KV_BYTES_DEFAULT_MAX / block_bytes).max(1))
-        }
-    };
-    let limit = u64::from(u32::MAX);
-    match usize::try_from(blocks) {
-        Ok(count) if count >= 1 && blocks <= limit => Ok(count),
-        Ok(_) | Err(_) => Err(StartupError::KvPool { blocks, block_bytes, limit }),
-    }
-}
-
 /// What one model has become in memory: how much of each format, and what was converted to it.
 fn log_loaded(role: &'static str, model: &LoadedModel, took: Duration) {
     let of_type = |(name, bytes): (&str, usize)| format!("{name} {:.1} MiB", mib(bytes as u64));
@@ -432,15 +424,13 @@ fn mib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
 
-fn log_sizes(verifier: &LoadedModel, draft: Option<&LoadedModel>, num_blocks: usize) {
+fn log_sizes(verifier: &LoadedModel, draft: Option<&LoadedModel>) {
     tracing::info!(
         verifier = verifier.name,
         draft = draft.map_or("none", |draft| draft.name.as_str()),
         vocab = verifier.config.vocab_size,
         context_positions = verifier.config.context_len,
         isa = Isa::detect().name(),
-        kv_positions = num_blocks * BLOCK_LEN,
-        kv_mib = num_blocks as u64 * block_bytes(verifier) / (1 << 20),
         kv_type = verifier.kv_type.name(),
         digest = %verifier.digest,
         "models loaded"

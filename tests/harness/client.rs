@@ -11,7 +11,7 @@ use slipstream_proto::v1::speculation::Mode;
 use slipstream_server::config::{Config, EdgeConfig, ModelFlags};
 use slipstream_server::local::LocalServer;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, IntoRequest, Status, Streaming};
 
 use crate::micro_pair;
 
@@ -73,7 +73,7 @@ pub fn url(server: &LocalServer) -> String {
 pub async fn until_taken(client: &Client, request: &v1::GenerateRequest) -> Duration {
     let begun = Instant::now();
     loop {
-        match stream(client, request.clone()).await {
+        match stream_samples(client, request.clone()).await {
             Ok(_) => return begun.elapsed(),
             Err(status) => {
                 assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
@@ -133,6 +133,12 @@ pub fn sampled(prompt: &str, max_tokens: i32, seed: u64) -> v1::GenerateRequest 
     v1::GenerateRequest { temperature: Some(0.8), seed: Some(seed), ..greedy(prompt, max_tokens) }
 }
 
+/// The same, `n` times.
+#[must_use]
+pub fn samples_of(request: v1::GenerateRequest, n: i32) -> v1::GenerateRequest {
+    v1::GenerateRequest { n: Some(n), ..request }
+}
+
 /// A speculation mode; `draft_len` only for `Fixed`.
 #[must_use]
 pub fn speculation(mode: Mode, draft_len: Option<i32>) -> Option<v1::Speculation> {
@@ -165,6 +171,12 @@ impl Answer {
         (self.ids(), &self.text, self.finished.reason, self.finished.cause.as_ref())
     }
 
+    /// Prompt tokens that were not computed for it.
+    #[must_use]
+    pub fn cached_len(&self) -> u32 {
+        self.finished.usage.unwrap_or_default().cached_prompt_tokens
+    }
+
     /// Speculation counts.
     #[must_use]
     pub fn speculation(&self) -> v1::SpeculationStats {
@@ -172,18 +184,7 @@ impl Answer {
     }
 }
 
-impl From<v1::CompleteResponse> for Answer {
-    fn from(response: v1::CompleteResponse) -> Self {
-        Self {
-            started: response.started.unwrap_or_default(),
-            text: response.text,
-            tokens: response.tokens,
-            finished: response.finished.unwrap_or_default(),
-        }
-    }
-}
-
-/// Streams a completion to its end and checks the order of its events.
+/// Streams a completion of one sample to its end and checks the order of its events.
 ///
 /// # Errors
 /// The call's status.
@@ -191,38 +192,93 @@ impl From<v1::CompleteResponse> for Answer {
 /// # Panics
 /// When events come in an order that the protocol does not have.
 pub async fn stream(client: &Client, request: v1::GenerateRequest) -> Result<Answer, Status> {
+    Ok(only(stream_samples(client, request).await?))
+}
+
+/// Streams all samples of a completion to their end and checks the order of events.
+///
+/// # Errors
+/// The call's status.
+///
+/// # Panics
+/// As [`stream`].
+pub async fn stream_samples(
+    client: &Client,
+    request: impl IntoRequest<v1::GenerateRequest>,
+) -> Result<Vec<Answer>, Status> {
+    let request = request.into_request();
+    let num_samples = request.get_ref().n.unwrap_or(1).max(1) as usize;
     let mut events = client.clone().generate(request).await?.into_inner();
-    let mut answer = Answer::default();
-    let mut num_events = 0;
+    let mut answers: Vec<Option<Answer>> = vec![None; num_samples];
+    let mut ended = Vec::new();
     while let Some(event) = events.message().await? {
+        let is_first = answers.iter().all(Option::is_none);
         match event.event.expect("every event says what happened") {
             Event::Started(started) => {
-                assert_eq!(num_events, 0, "Started comes first and once");
-                answer.started = started;
+                assert!(is_first, "Started comes first and once");
+                let answer = Answer { started, ..Answer::default() };
+                answers.fill(Some(answer));
             }
             Event::Tokens(tokens) => {
-                assert!(num_events > 0, "Started comes before tokens");
+                let answer = going(&mut answers, &ended, tokens.sample);
                 answer.text.push_str(&tokens.text);
                 answer.tokens.extend(tokens.tokens);
             }
             Event::Finished(finished) => {
-                assert!(num_events > 0, "Started comes before the end");
-                answer.finished = finished;
-                assert!(events.message().await?.is_none(), "nothing follows Finished");
-                return Ok(answer);
+                let sample = finished.sample;
+                going(&mut answers, &ended, sample).finished = finished;
+                ended.push(sample);
             }
         }
-        num_events += 1;
     }
-    Err(Status::new(Code::DataLoss, "the stream ended without Finished"))
+    if ended.len() < num_samples {
+        return Err(Status::new(Code::DataLoss, "the stream ended without Finished"));
+    }
+    Ok(answers.into_iter().flatten().collect())
 }
 
-/// Completes in one response.
+/// The sample that has news.
+fn going<'a>(answers: &'a mut [Option<Answer>], ended: &[u32], sample: u32) -> &'a mut Answer {
+    assert!(!ended.contains(&sample), "nothing follows Finished");
+    answers[sample as usize].as_mut().expect("Started comes first")
+}
+
+fn only(answers: Vec<Answer>) -> Answer {
+    assert_eq!(answers.len(), 1, "one sample was asked for");
+    answers.into_iter().next().unwrap_or_default()
+}
+
+/// Completes one sample in one response.
 ///
 /// # Errors
 /// The call's status.
+///
+/// # Panics
+/// When more samples come.
 pub async fn complete(client: &Client, request: v1::GenerateRequest) -> Result<Answer, Status> {
-    Ok(client.clone().complete(request).await?.into_inner().into())
+    Ok(only(complete_samples(client, request).await?))
+}
+
+/// Completes all samples in one response.
+///
+/// # Errors
+/// The call's status.
+pub async fn complete_samples(
+    client: &Client,
+    request: impl IntoRequest<v1::GenerateRequest>,
+) -> Result<Vec<Answer>, Status> {
+    let response = client.clone().complete(request).await?.into_inner();
+    let started = response.started.unwrap_or_default();
+    let (text, tokens, finished) = (response.text, response.tokens, response.finished);
+    let first = v1::Sample { text, tokens, finished };
+    let samples = std::iter::once(first).chain(response.more_samples);
+    let answer = |sample: v1::Sample| Answer {
+        started: started.clone(),
+        text: sample.text,
+        tokens: sample.tokens,
+        finished: sample.finished.unwrap_or_default(),
+    };
+    Ok(samples.map(answer).collect())
 }
 
 /// A client on a connection of its own that takes so little output before it is read that a long

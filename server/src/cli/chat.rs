@@ -7,7 +7,6 @@ use serde_json::json;
 use slipstream_proto::v1;
 use slipstream_proto::v1::generate_request::Prompt;
 use tokio::sync::mpsc;
-use tonic::Code;
 
 use super::chat_prompt::{Conversation, STOP, Turn};
 use super::client::{self, Completion, StreamError};
@@ -187,7 +186,7 @@ impl Chat {
             match self.stream(request).await {
                 Ok(completion) => break (completion, false),
                 Err(StreamError::Interrupted { partial }) => break (*partial, true),
-                Err(StreamError::Call { status, .. }) if status.code() == Code::OutOfRange => {
+                Err(StreamError::Call { status, .. }) if explain::is_too_long(&status) => {
                     if !self.conversation.drop_oldest() {
                         match self.last_attempt(user).await {
                             Ok(last) => break last,

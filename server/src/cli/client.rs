@@ -11,9 +11,13 @@ use tonic::transport::Channel;
 use tonic::{IntoRequest, Request, Status};
 
 use super::explain;
+use crate::grpc::limits;
 
 /// Largest response message a command takes, in bytes: several thousand tokens with all extras.
 const RESPONSE_BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// Samples that are listened for, whatever was asked: more than any server gives.
+const SAMPLES_MAX: usize = limits::SAMPLES_MAX;
 
 /// A client on a connection.
 pub(super) type Client = CompletionsClient<Channel>;
@@ -31,9 +35,41 @@ pub(super) struct Completion {
     pub(super) finished: v1::Finished,
     /// From sending the request to the first token's arrival.
     pub(super) first_token: Duration,
+    /// Which sample of its seed this is.
+    pub(super) sample_index: u32,
+    /// The samples behind this one, where several were asked for.
+    pub(super) others: Vec<Completion>,
 }
 
 impl Completion {
+    /// Nothing has come of what this asks for.
+    pub(super) fn of(message: &v1::GenerateRequest) -> Self {
+        let num_others = usize::try_from(message.n.unwrap_or(1).saturating_sub(1)).unwrap_or(0);
+        let sample = |offset| Self {
+            sample_index: message.sample_index.saturating_add(offset),
+            ..Self::default()
+        };
+        let others = (1..).take(num_others.min(SAMPLES_MAX - 1)).map(sample).collect();
+        Self { others, ..sample(0) }
+    }
+
+    /// All samples, this one first.
+    pub(super) fn samples(&self) -> impl Iterator<Item = &Self> {
+        std::iter::once(self).chain(&self.others)
+    }
+
+    fn sample_mut(&mut self, sample: u32) -> Option<&mut Self> {
+        match sample {
+            0 => Some(self),
+            sample => self.others.get_mut(sample as usize - 1),
+        }
+    }
+
+    fn start(&mut self, started: v1::Started) {
+        self.others.iter_mut().for_each(|other| other.started = started.clone());
+        self.started = started;
+    }
+
     /// Tokens per second after the first, by the server's clock. `None` where it would tell
     /// nothing: fewer than two tokens, or all of them from one step.
     pub(super) fn tokens_per_second(&self) -> Option<f64> {
@@ -99,14 +135,13 @@ pub(super) async fn stream_until(
     on_tokens: impl FnMut(&v1::Tokens) -> io::Result<()>,
     interrupted: impl Future<Output = ()>,
 ) -> Result<Completion, StreamError> {
-    let mut completion = Completion::default();
+    let request = request.into_request();
+    let mut completion = Completion::of(request.get_ref());
     let received = tokio::select! {
         // First, so that ctrl-c is listened to before the request leaves.
         biased;
         () = interrupted => Err(Broken::Interrupted),
-        received = receive(client, request.into_request(), on_tokens, &mut completion) => {
-            received
-        }
+        received = receive(client, request, on_tokens, &mut completion) => received,
     };
     let partial = Box::new(completion);
     match received {
@@ -131,26 +166,36 @@ async fn receive(
     completion: &mut Completion,
 ) -> Result<(), Broken> {
     let sent = Instant::now();
+    let mut num_left = completion.samples().count();
     let mut events = client.generate(request).await.map_err(Broken::Call)?.into_inner();
     while let Some(event) = events.message().await.map_err(Broken::Call)? {
         match event.event {
-            Some(Event::Started(started)) => completion.started = started,
+            Some(Event::Started(started)) => completion.start(started),
             Some(Event::Tokens(tokens)) => {
-                if completion.tokens.is_empty() && !tokens.tokens.is_empty() {
-                    completion.first_token = sent.elapsed();
+                let sample = completion.sample_mut(tokens.sample).ok_or_else(unasked)?;
+                if sample.tokens.is_empty() && !tokens.tokens.is_empty() {
+                    sample.first_token = sent.elapsed();
                 }
                 on_tokens(&tokens).map_err(Broken::Output)?;
-                completion.text.push_str(&tokens.text);
-                completion.tokens.extend(tokens.tokens);
+                sample.text.push_str(&tokens.text);
+                sample.tokens.extend(tokens.tokens);
             }
             Some(Event::Finished(finished)) => {
-                completion.finished = finished;
-                return Ok(());
+                let sample = completion.sample_mut(finished.sample).ok_or_else(unasked)?;
+                sample.finished = finished;
+                num_left -= 1;
+                if num_left == 0 {
+                    return Ok(());
+                }
             }
             None => {} // an event of a newer server
         }
     }
     Err(Broken::Call(Status::data_loss("the server ended it before it was complete")))
+}
+
+fn unasked() -> Broken {
+    Broken::Call(Status::data_loss("the server sent a sample that nobody asked for"))
 }
 
 #[cfg(test)]

@@ -107,6 +107,10 @@ fn meaning(status: &Status, partial: &Completion) -> &'static str {
     match status.code() {
         Code::InvalidArgument | Code::OutOfRange | Code::NotFound => "the request is refused",
         Code::ResourceExhausted if has_started => "the server ended the stream",
+        // Nothing to wait for: it is the request that is too large.
+        Code::ResourceExhausted if reason(status).is_some() && !may_pass(status) => {
+            "the request is more than this server can take"
+        }
         Code::ResourceExhausted => "the server is full, try again later",
         Code::Unimplemented => {
             "this is no slipstream server, or another version of one: check the address and \
@@ -116,11 +120,31 @@ fn meaning(status: &Status, partial: &Completion) -> &'static str {
             "the server takes no requests now, try again or elsewhere"
         }
         Code::Unavailable | Code::Unknown | Code::DataLoss => "the stream broke off",
+        Code::DeadlineExceeded if reason(status).as_deref() == Some("DEADLINE_TOO_SHORT") => {
+            "the time that --timeout gives is too short for this prompt on this server now"
+        }
         Code::DeadlineExceeded => "the time that --timeout gives is over",
         Code::Cancelled => "somebody else cancelled the request",
         // Codes that no version of this server sends, and plain failures.
         _ => "the server could not complete this",
     }
+}
+
+/// The server's reason, for programs.
+fn reason(status: &Status) -> Option<String> {
+    status.get_error_details().error_info().map(|info| info.reason.clone())
+}
+
+/// Whether the server says when to try again.
+fn may_pass(status: &Status) -> bool {
+    retry_delay(&status.get_error_details()).is_some()
+}
+
+/// Whether prompt and output are too long for the server together: for the model, or for the memory
+/// that it has.
+pub(super) fn is_too_long(status: &Status) -> bool {
+    let is_over_pool = reason(status).as_deref() == Some("OVER_KV_POOL");
+    status.code() == Code::OutOfRange || is_over_pool
 }
 
 /// Whether nothing came that gRPC could have said: no HTTP/2, a lost connection, or a web server.
@@ -159,7 +183,7 @@ mod tests {
     use tonic::{Code, Status};
     use tonic_types::{ErrorDetails, StatusExt};
 
-    use super::{Completion, json, text};
+    use super::{Completion, is_too_long, json, text};
 
     #[test]
     fn details_of_the_server_become_lines() {
@@ -189,6 +213,30 @@ mod tests {
             (&object["reason"], &object["request_id"]),
             (&"QUEUE_FULL".into(), &"r-1".into())
         );
+    }
+
+    #[test]
+    fn what_never_fits_is_told_apart_from_what_is_full() {
+        let status = |code, reason: &str, retry| {
+            let mut details = ErrorDetails::new();
+            details.set_error_info(reason, "slipstream", []).set_retry_info(retry);
+            Status::with_error_details(code, "why", details)
+        };
+        let soon = Some(Duration::from_millis(1));
+        let cases = [
+            (Code::ResourceExhausted, "QUEUE_FULL", soon, "the server is full", false),
+            (Code::ResourceExhausted, "OVER_KV_POOL", None, "the request is more than", true),
+            (Code::ResourceExhausted, "OVER_PLACES", None, "the request is more than", false),
+            (Code::OutOfRange, "OVER_CONTEXT", None, "the request is refused", true),
+            (Code::DeadlineExceeded, "DEADLINE_TOO_SHORT", None, "too short", false),
+            (Code::DeadlineExceeded, "DEADLINE_EXCEEDED", None, "is over", false),
+        ];
+        for (code, reason, retry, meaning, is_long) in cases {
+            let status = status(code, reason, retry);
+            let told = text(&status, &Completion::default());
+            assert!(told.contains(meaning), "{told}");
+            assert_eq!(is_too_long(&status), is_long, "{reason}");
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ use super::explain;
 use super::reach::Reached;
 use super::request_flags::RequestFlags;
 use super::result_json;
+use super::samples::{SampleWriter, styled};
 use super::terminal::{Attribution, Palette, write_table};
 use crate::config::{FileFlag, ModelFlags, wants_colour};
 
@@ -21,13 +22,15 @@ use crate::config::{FileFlag, ModelFlags, wants_colour};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The text goes to stdout as it comes, everything else to stderr. With --json one object goes to \
-stdout at the end; a failure is an object {\"error\": ...} on stderr.
+stdout at the end; a failure is an object {\"error\": ...} on stderr. With --n the samples come \
+one behind the other under a heading each, in the object as a list.
 
 Exit codes: 0 complete, 1 failed, 2 asked wrongly, 130 ended by ctrl-c, 141 nobody reads stdout.
 
 Examples:
   slipstream generate 'fn main() {' --max-tokens 64 --stats
   slipstream generate --server http://127.0.0.1:50051 'use std::' --temperature 0.8 --seed 7
+  slipstream generate 'fn new(' --n 4 --seed 7 --stats
   cat prompt.txt | slipstream generate - --json | jq -r .text")]
 pub(super) struct GenerateFlags {
     /// What to complete; `-` reads it from stdin
@@ -56,6 +59,10 @@ pub(super) struct GenerateFlags {
     /// Output already received, as ids joined by commas: goes on behind it. Needs the same --seed
     #[arg(long, value_name = "IDS", value_delimiter = ',', help_heading = "Completion")]
     output_prefix: Vec<u32>,
+    /// Complete the prompt so many times, each with a sample index of its own from --sample-index on
+    /// [default: 1]
+    #[arg(long, value_name = "N", help_heading = "Completion")]
+    n: Option<i32>,
     #[command(flatten)]
     request: RequestFlags,
     #[command(flatten)]
@@ -96,12 +103,21 @@ impl Unfinished {
             StreamError::Output(error) => json!({ "message": error.to_string() }),
         };
         let started = self.partial().filter(|partial| has_started(partial));
-        object["resume"] = json!(started.map(|partial| json!({
-            "text": partial.text,
-            "seed": partial.started.seed,
-            "output_prefix": output_ids(&self.prefix, partial),
-        })));
+        object["resume"] = match started {
+            None => Value::Null,
+            Some(partial) if partial.others.is_empty() => self.resume_json(partial),
+            Some(partial) => partial.samples().map(|sample| self.resume_json(sample)).collect(),
+        };
         object
+    }
+
+    fn resume_json(&self, sample: &Completion) -> Value {
+        json!({
+            "text": sample.text,
+            "seed": sample.started.seed,
+            "sample_index": sample.sample_index,
+            "output_prefix": output_ids(&self.prefix, sample),
+        })
     }
 }
 
@@ -131,25 +147,31 @@ async fn print_completion(client: Client, flags: &GenerateFlags) -> anyhow::Resu
     message.logprobs = flags.logprobs || flags.json;
     message.model = flags.model.model_name.clone().unwrap_or_default();
     message.output_prefix.clone_from(&flags.output_prefix);
-    let mut attribution = Attribution::default();
+    message.n = flags.n;
+    let mut writer = SampleWriter::new(&message, palette);
     let on_tokens = |event: &v1::Tokens| match flags.json {
         true => Ok(()),
-        false => write_tokens(event, &mut attribution, palette),
+        false => writer.take(event),
     };
     let call = flags.request.call(message);
     let completion = match client::stream_until(client, call, on_tokens, interrupt()).await {
         Ok(completion) => completion,
-        Err(error) => return Err(unfinished(error, flags)?.into()),
+        Err(error) => return Err(unfinished(error, flags, &mut writer)?.into()),
     };
     match flags.json {
         true => writeln!(io::stdout(), "{}", result_json::completion(&completion))?,
-        false => writeln!(io::stdout())?,
+        false => writer.finish()?,
     }
-    if flags.logprobs {
-        write_logprobs(&completion)?;
-    }
-    if flags.stats {
-        write_stats(&flags.output_prefix, &completion)?;
+    for sample in completion.samples() {
+        if !completion.others.is_empty() && (flags.logprobs || flags.stats) {
+            writeln!(io::stderr(), "sample {}:", sample.sample_index)?;
+        }
+        if flags.logprobs {
+            write_logprobs(sample)?;
+        }
+        if flags.stats {
+            write_stats(&flags.output_prefix, sample)?;
+        }
     }
     Ok(())
 }
@@ -162,12 +184,21 @@ pub(super) async fn interrupt() {
     }
 }
 
-/// Ends the line on a terminal; stdout keeps exactly the completion's bytes.
-fn unfinished(error: StreamError, flags: &GenerateFlags) -> io::Result<Unfinished> {
+/// Ends the line on a terminal; stdout keeps exactly the completion's bytes. Of several samples it
+/// gets what came of each.
+fn unfinished(
+    error: StreamError,
+    flags: &GenerateFlags,
+    writer: &mut SampleWriter,
+) -> io::Result<Unfinished> {
     let unfinished = Unfinished { error, prefix: flags.output_prefix.clone() };
-    let text = unfinished.partial().map_or("", |partial| &partial.text);
-    if !flags.json && !text.is_empty() && !text.ends_with('\n') {
-        writeln!(io::stderr())?;
+    let partial = unfinished.partial().filter(|partial| !flags.json && has_started(partial));
+    match partial {
+        Some(partial) if !partial.others.is_empty() => writer.finish()?,
+        Some(partial) if !partial.text.is_empty() && !partial.text.ends_with('\n') => {
+            writeln!(io::stderr())?;
+        }
+        Some(_) | None => {}
     }
     Ok(unfinished)
 }
@@ -181,10 +212,20 @@ fn resume_hint(prefix: &[u32], partial: &Completion) -> String {
     if !has_started(partial) {
         return String::new();
     }
+    if partial.others.is_empty() {
+        return format!(
+            "\n{} output tokens came before. To go on behind them, repeat the command with\n  {}",
+            partial.tokens.len(),
+            resume_flags(prefix, partial)
+        );
+    }
+    let lines = partial.samples().map(|sample| {
+        let (index, num_tokens) = (sample.sample_index, sample.tokens.len());
+        format!("\n  {} (sample {index}, {num_tokens} tokens)", resume_flags(prefix, sample))
+    });
+    let lines: String = lines.collect();
     format!(
-        "\n{} output tokens came before. To go on behind them, repeat the command with\n  {}",
-        partial.tokens.len(),
-        resume_flags(prefix, partial)
+        "\nTo go on behind what came of a sample, repeat the command without --n and with{lines}"
     )
 }
 
@@ -198,7 +239,10 @@ fn output_ids(prefix: &[u32], completion: &Completion) -> Vec<u32> {
 fn resume_flags(prefix: &[u32], completion: &Completion) -> String {
     let ids = output_ids(prefix, completion);
     let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
-    let seed = format!("--seed {}", completion.started.seed);
+    let mut seed = format!("--seed {}", completion.started.seed);
+    if completion.sample_index > 0 {
+        seed.push_str(&format!(" --sample-index {}", completion.sample_index));
+    }
     if ids.is_empty() { seed } else { format!("{seed} --output-prefix {}", ids.join(",")) }
 }
 
@@ -209,13 +253,7 @@ pub(super) fn write_tokens(
     palette: Palette,
 ) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    if palette.colour {
-        for (provenance, text) in attribution.runs(event) {
-            write!(out, "{}", palette.provenance(provenance, &text))?;
-        }
-    } else {
-        write!(out, "{}", event.text)?;
-    }
+    write!(out, "{}", styled(event, attribution, palette))?;
     out.flush()
 }
 
@@ -251,16 +289,21 @@ fn write_stats(prefix: &[u32], completion: &Completion) -> io::Result<()> {
     let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1}"));
     writeln!(
         out,
-        "{} | {} prompt + {} output tokens | first token {} ms | {} tokens/s",
+        "{} | {} prompt ({} of them cached) + {} output tokens | first token {} ms | {} tokens/s",
         reason(finished),
         usage.prompt_tokens,
+        usage.cached_prompt_tokens,
         usage.output_tokens,
         number(first_token_ms),
         number(completion.tokens_per_second())
     )?;
+    let preempted = match usage.preemptions {
+        0 => String::new(),
+        times => format!(" | preempted {times} times"),
+    };
     writeln!(
         out,
-        "{} steps | {} of {} proposed tokens accepted | model {} | fingerprint {}",
+        "{} steps | {} of {} proposed tokens accepted{preempted} | model {} | fingerprint {}",
         speculation.steps,
         speculation.accepted,
         speculation.proposed,
@@ -287,5 +330,10 @@ mod tests {
         assert_eq!(resume_flags(&[5], &partial), "--seed 9 --output-prefix 5,7,8");
         assert!(resume_hint(&[5], &partial).starts_with("\n2 output tokens"));
         assert_eq!(resume_hint(&[5], &Completion::default()), "");
+        let other = Completion { sample_index: 3, ..partial.clone() };
+        assert_eq!(resume_flags(&[], &other), "--seed 9 --sample-index 3 --output-prefix 7,8");
+        let several = Completion { others: vec![other], ..partial };
+        let hint = resume_hint(&[], &several);
+        assert!(hint.contains("without --n") && hint.contains("(sample 3, 2 tokens)"), "{hint}");
     }
 }

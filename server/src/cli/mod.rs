@@ -18,6 +18,7 @@ mod listen;
 mod reach;
 mod request_flags;
 mod result_json;
+mod samples;
 mod self_test;
 mod serve;
 mod terminal;
@@ -36,6 +37,7 @@ use self::generate::Unfinished;
 use crate::config::layers::{LayerError, Layers, blamed_variable, unknown_variables};
 use crate::config::{Config, ConfigError, EdgeConfig, LogFormat, ModelChoice, ModelFlags, setting};
 use crate::logging;
+use crate::run::RunError;
 
 /// Exit code of a command that could not do what it was asked to.
 const FAILED: u8 = 1;
@@ -45,6 +47,10 @@ const OWN_SERVER_GRACE: Duration = Duration::from_secs(5);
 const TOKENISING_THREADS: usize = 4;
 /// Exit code of a command that was asked wrongly.
 const MISUSED: u8 = 2;
+/// Exit code of a server whose verifier kept failing.
+const VERIFIER_FAILED: u8 = 3;
+/// Exit code of a server whose engine did not come back from a step.
+const ENGINE_HUNG: u8 = 4;
 /// Exit code of a command whose output nobody reads any more: as if SIGPIPE had ended it.
 const UNREAD: u8 = 128 + 13;
 /// Exit code of a command that ctrl-c ended: as if SIGINT had.
@@ -81,6 +87,8 @@ enum Command {
     /// Serve completions over gRPC until SIGTERM or ctrl-c
     #[command(after_help = "\
 The first SIGTERM or ctrl-c lets running requests finish within --grace; the second ends at once.
+Exit codes: 0 told to end, 1 failed or cut off, 2 asked wrongly, 3 the verifier kept failing, 4 the
+engine hung.
 
 Examples:
   slipstream serve
@@ -117,7 +125,8 @@ impl Command {
 }
 
 /// Parses the command line, runs the command, and tells how it went: 0 done, 1 failed, 2 asked
-/// wrongly, 130 interrupted, 141 nobody reads the output.
+/// wrongly, 3 the verifier kept failing, 4 the engine hung, 130 interrupted, 141 nobody reads the
+/// output.
 #[must_use]
 pub fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
@@ -193,7 +202,17 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     } else if error.is::<ConfigError>() || error.is::<crate::config::file::FileError>() {
         MISUSED
     } else {
-        FAILED
+        match error.downcast_ref::<RunError>() {
+            Some(RunError::VerifierFailed) => VERIFIER_FAILED,
+            Some(RunError::EngineHung { .. }) => ENGINE_HUNG,
+            Some(
+                RunError::Startup(_)
+                | RunError::Thread(_)
+                | RunError::EngineEnded
+                | RunError::Forced,
+            )
+            | None => FAILED,
+        }
     }
 }
 

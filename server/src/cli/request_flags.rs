@@ -11,6 +11,24 @@ use tonic::Request;
 
 use crate::config::TimeSpan;
 
+/// How urgent a request is, as on the wire.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum PriorityFlag {
+    Interactive,
+    Normal,
+    Batch,
+}
+
+impl PriorityFlag {
+    fn wire(self) -> v1::Priority {
+        match self {
+            Self::Interactive => v1::Priority::Interactive,
+            Self::Normal => v1::Priority::Normal,
+            Self::Batch => v1::Priority::Batch,
+        }
+    }
+}
+
 /// How to choose tokens and when to stop. Defaults are the server's.
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "Completion", allow_negative_numbers = true)]
@@ -63,6 +81,18 @@ pub(super) struct RequestFlags {
     /// Draft length: `auto`, `off`, or a number of tokens, 0 to 8
     #[arg(long, value_name = "MODE", default_value = "auto")]
     speculation: SpeculationFlag,
+    /// How urgent it is [default: normal]
+    #[arg(long, value_name = "CLASS", value_enum)]
+    priority: Option<PriorityFlag>,
+    /// Whose request it is: tenants get equal shares of the server and share no KV memory
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    tenant: String,
+    /// Share the KV memory of equal prompts only with requests of this salt
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    cache_salt: String,
+    /// Neither use the KV memory of earlier requests nor leave any to later ones
+    #[arg(long)]
+    no_prefix_reuse: bool,
     /// Give up after this time, which the server is told, too; for example 5s
     #[arg(long, value_name = "TIME")]
     timeout: Option<TimeSpan>,
@@ -107,6 +137,10 @@ impl RequestFlags {
             logit_bias: self.logit_bias.iter().map(|bias| bias.0).collect(),
             speculation: Some(self.speculation.0),
             request_id: self.request_id.clone(),
+            priority: self.priority.map_or(v1::Priority::Unspecified, PriorityFlag::wire).into(),
+            tenant: self.tenant.clone(),
+            cache_salt: self.cache_salt.clone(),
+            no_prefix_reuse: self.no_prefix_reuse,
             ..v1::GenerateRequest::default()
         }
     }

@@ -6,9 +6,38 @@ use slipstream_proto::v1::finished::Cause;
 
 use super::client::Completion;
 
-/// A completion with all that came with it. Wants a request with token bytes and log-probabilities.
+/// A completion with all that came with it; several samples as a list. Wants a request with token
+/// bytes and log-probabilities.
 pub(super) fn completion(completion: &Completion) -> Value {
-    let Completion { started, finished, .. } = completion;
+    let started = &completion.started;
+    let mut object = match completion.others.is_empty() {
+        true => sample(completion),
+        false => {
+            let samples: Vec<Value> = completion.samples().map(numbered).collect();
+            json!({ "samples": samples })
+        }
+    };
+    let known_as = [
+        ("model", &started.model),
+        ("fingerprint", &started.fingerprint),
+        ("request_id", &started.request_id),
+    ];
+    for (name, value) in known_as {
+        object[name] = json!(value);
+    }
+    object["seed"] = json!(started.seed);
+    object
+}
+
+/// One of several.
+fn numbered(completion: &Completion) -> Value {
+    let mut object = sample(completion);
+    object["sample_index"] = json!(completion.sample_index);
+    object
+}
+
+fn sample(completion: &Completion) -> Value {
+    let finished = &completion.finished;
     let usage = finished.usage.unwrap_or_default();
     let timings = finished.timings.unwrap_or_default();
     let speculation = completion.speculation();
@@ -21,6 +50,8 @@ pub(super) fn completion(completion: &Completion) -> Value {
             "prompt_tokens": usage.prompt_tokens,
             "output_tokens": usage.output_tokens,
             "prefix_tokens": usage.prefix_tokens,
+            "cached_prompt_tokens": usage.cached_prompt_tokens,
+            "preemptions": usage.preemptions,
         },
         "timings": {
             "queue_ms": timings.queue_ms,
@@ -34,10 +65,6 @@ pub(super) fn completion(completion: &Completion) -> Value {
             "proposed_by_position": speculation.proposed_by_position,
             "accepted_by_position": speculation.accepted_by_position,
         },
-        "model": started.model,
-        "seed": started.seed,
-        "fingerprint": started.fingerprint,
-        "request_id": started.request_id,
     });
     match &finished.cause {
         Some(Cause::StopString(text)) => object["stop_string"] = json!(text),

@@ -25,7 +25,9 @@ pub(super) async fn run(flags: ServeFlags) -> anyhow::Result<()> {
     let signals = Signals::listen()?;
     let (reported, stage) = stage::channel();
     tokio::spawn(notify::follow(stage));
-    run_reporting(config, Listeners { main, http }, signals.shutdown(), reported).await?;
+    let around = Box::new(|verifier| verifier);
+    let listeners = Listeners { main, http };
+    run_reporting(config, listeners, signals.shutdown(), (reported, around)).await?;
     tracing::info!("stopped");
     Ok(())
 }

@@ -153,7 +153,8 @@ mod tests {
             provenance: (*provenance).into(),
             ..Token::default()
         };
-        Tokens { text: text.to_owned(), tokens: tokens.iter().map(token).collect() }
+        let tokens = tokens.iter().map(token).collect();
+        Tokens { text: text.to_owned(), tokens, sample: 0 }
     }
 
     #[test]

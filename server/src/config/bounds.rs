@@ -28,8 +28,10 @@ pub(crate) struct Bounds {
     most: u64,
 }
 
+/// Milliseconds of an hour: as good as no target at all for one step.
+const HOUR: u64 = 3600 * 1000;
 /// Milliseconds of a day: no limit on waiting is longer.
-const DAY: u64 = 24 * 3600 * 1000;
+const DAY: u64 = 24 * HOUR;
 /// The shortest wait that is still one on a busy machine, in milliseconds.
 const MOMENT: u64 = 10;
 /// The window that every HTTP/2 stream and connection begins with (RFC 9113, 6.9.2), before any
@@ -53,8 +55,9 @@ const fn time(flag: &'static str, least: u64, most: u64) -> Bounds {
 }
 
 /// All ranges.
-pub(crate) const BOUNDS: [Bounds; 26] = [
+pub(crate) const BOUNDS: [Bounds; 31] = [
     time("grace", 0, DAY),
+    time("step-limit", MOMENT, DAY),
     count("max-connections", 1, 1 << 20),
     count("max-streams", 1, 1 << 16),
     bytes("max-message", 1 << 10, 256 << 20),
@@ -81,6 +84,10 @@ pub(crate) const BOUNDS: [Bounds; 26] = [
     count("max-running", 1, 1 << 16),
     count("max-waiting", 0, 1 << 16),
     count("step-tokens", 1, 1 << 16),
+    time("step-target", 1, HOUR),
+    count("unread-tokens", 1, 1 << 20),
+    count("max-preemptions", 0, 1 << 10),
+    time("priority-aging", 1, DAY),
 ];
 
 /// Range of a setting.

@@ -2,6 +2,7 @@
 //! of the configuration file. Ranges are in `bounds.rs`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
@@ -22,7 +23,11 @@ pub(crate) const DERIVED_DEFAULTS: [(&str, &str); 8] = [
     ("threads", "all cores"),
     ("context-limit", "all of the model's"),
     ("kv-blocks", "as --kv-memory says"),
-    ("kv-memory", "enough for --max-running full contexts, at most 1GiB"),
+    (
+        "kv-memory",
+        "half of the memory that is free once the models are loaded, at most twice what \
+         --max-running full contexts take",
+    ),
 ];
 
 /// Settings that exclude each other. Where two layers set one each, the higher layer wins.
@@ -75,10 +80,10 @@ pub struct ModelFlags {
         env = "SLIPSTREAM_LOAD_MEMORY"
     )]
     pub load_memory: ByteCount,
-    /// KV pool in blocks of 16 positions; excludes --kv-memory
+    /// KV blocks of 16 positions, as many for the draft as for the verifier; excludes --kv-memory
     #[arg(long, value_name = "BLOCKS", env = "SLIPSTREAM_KV_BLOCKS")]
     pub kv_blocks: Option<usize>,
-    /// KV pool of the verifier as memory, for example 512MiB; excludes --kv-blocks
+    /// Memory for KV, that of verifier and draft together; excludes --kv-blocks
     #[arg(long, value_name = "SIZE", env = "SLIPSTREAM_KV_MEMORY")]
     pub kv_memory: Option<ByteCount>,
     /// Keys and values in memory: single precision, or half of it in half the memory
@@ -108,8 +113,7 @@ pub struct ModelFlags {
         env = "SLIPSTREAM_MAX_WAITING"
     )]
     pub max_waiting: usize,
-    /// Rows of one step over all requests: bounds how long a long prompt holds others up. Proposals
-    /// need 2 or more
+    /// Rows of one step over all requests. Proposals need 2 or more
     #[arg(
         long,
         value_name = "ROWS",
@@ -117,6 +121,53 @@ pub struct ModelFlags {
         env = "SLIPSTREAM_STEP_TOKENS"
     )]
     pub step_tokens: usize,
+    /// How long a step shall take at most while somebody's output is running: prompts are computed
+    /// in pieces for that. Steps may always take half as long again as the running outputs alone
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value_t = TimeSpan(Duration::from_micros(EngineConfig::default().step_target.0)),
+        env = "SLIPSTREAM_STEP_TARGET"
+    )]
+    pub step_target: TimeSpan,
+    /// Output tokens that may wait for a slow client before its request pauses
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        default_value_t = EngineConfig::default().unread_tokens_max,
+        env = "SLIPSTREAM_UNREAD_TOKENS"
+    )]
+    pub unread_tokens: usize,
+    /// Times that a request can lose its KV blocks to others; after that it keeps them to its end
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = EngineConfig::default().preemptions_max,
+        env = "SLIPSTREAM_MAX_PREEMPTIONS"
+    )]
+    pub max_preemptions: usize,
+    /// After each such time of waiting, a request counts as one priority class more urgent
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value_t = TimeSpan(Duration::from_micros(EngineConfig::default().priority_aging.0)),
+        env = "SLIPSTREAM_PRIORITY_AGING"
+    )]
+    pub priority_aging: TimeSpan,
+    /// Whether KV of earlier requests is kept, so that later ones with the same beginning need not
+    /// compute it again
+    #[arg(
+        long,
+        value_name = "BOOL",
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        default_value_t = EngineConfig::default().prefix_reuse,
+        value_parser = BoolishValueParser::new(),
+        env = "SLIPSTREAM_PREFIX_REUSE"
+    )]
+    pub prefix_reuse: bool,
 }
 
 impl Default for ModelFlags {
@@ -139,6 +190,11 @@ impl Default for ModelFlags {
             max_running: engine.max_running,
             max_waiting: engine.max_waiting,
             step_tokens: engine.step_tokens_max,
+            step_target: TimeSpan(Duration::from_micros(engine.step_target.0)),
+            unread_tokens: engine.unread_tokens_max,
+            max_preemptions: engine.preemptions_max,
+            priority_aging: TimeSpan(Duration::from_micros(engine.priority_aging.0)),
+            prefix_reuse: engine.prefix_reuse,
         }
     }
 }
@@ -327,6 +383,15 @@ pub struct ServeFlags {
         env = "SLIPSTREAM_GRACE"
     )]
     pub grace: TimeSpan,
+    /// What one step of the engine may take. Beyond that the probes fail; after twice as long the
+    /// server ends, and its requests with UNAVAILABLE
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value_t = TimeSpan(EdgeConfig::default().step_limit),
+        env = "SLIPSTREAM_STEP_LIMIT"
+    )]
+    pub step_limit: TimeSpan,
     /// Connections.
     #[command(flatten)]
     pub connections: ConnectionFlags,

@@ -16,6 +16,8 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use slipstream_model::clock::Micros;
+
 use self::bounds::{check_bytes, check_count, check_time};
 pub use self::error::{ConfigError, Origin};
 pub use self::flags::{ConnectionFlags, FileFlag, LogFlags, ModelFlags, ServeFlags, TimeFlags};
@@ -27,6 +29,8 @@ use crate::net::settings::NetConfig;
 const EMBEDDED: &str = "embedded";
 /// What `--draft-model` says for no draft.
 const NONE: &str = "none";
+/// Requests beyond those that the engine holds that may wait for its answer, at least.
+const REQUESTS_ON_THEIR_WAY: usize = 16;
 
 /// Weight format in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -70,14 +74,14 @@ pub enum ModelChoice {
     Path(PathBuf),
 }
 
-/// Size of the KV pool.
+/// Size of the KV pools of verifier and draft.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvSize {
-    /// Full contexts for all running requests, within a bound.
+    /// As much as is of use, within a share of the memory that is free.
     Auto,
-    /// So many blocks.
+    /// So many blocks in each.
     Blocks(usize),
-    /// As many blocks as fit, in bytes.
+    /// As many blocks as fit both pools together, in bytes.
     Bytes(u64),
 }
 
@@ -100,7 +104,7 @@ pub struct ModelConfig {
     pub draft_quantize: Quantize,
     /// Memory that loading one model may take at its peak.
     pub load_memory_bytes: u64,
-    /// Size of the verifier's KV pool; the draft's has as many blocks.
+    /// Size of the KV pools: verifier and draft have as many blocks.
     pub kv: KvSize,
     /// Type of keys and values of both.
     pub kv_type: KvPrecision,
@@ -122,6 +126,9 @@ pub struct Config {
 pub struct EdgeConfig {
     /// How long running requests may take to finish at shutdown.
     pub grace: Duration,
+    /// What one step of the engine may take before the server counts as unsound; after twice that
+    /// it ends.
+    pub step_limit: Duration,
     /// A completion whose client takes nothing for this long, although there is something to take,
     /// is ended.
     pub stall_limit: Duration,
@@ -145,6 +152,9 @@ impl Default for EdgeConfig {
     fn default() -> Self {
         Self {
             grace: Duration::from_secs(30),
+            // The longest honest steps, a full batch of long prompts on a large model, take
+            // seconds; an orchestrator's restart costs more than that.
+            step_limit: Duration::from_secs(60),
             stall_limit: Duration::from_secs(30),
             message_bytes_max: crate::grpc::limits::MESSAGE_BYTES_MAX,
             gzip: false,
@@ -169,16 +179,23 @@ impl Config {
                 max_waiting: check_count("max-waiting", flags.max_waiting)?,
                 draft_len_auto: check_count("draft-len", flags.draft_len)?,
                 draft_len_max: bounds::most("draft-len"),
+                step_target: micros("step-target", flags.step_target)?,
+                unread_tokens_max: check_count("unread-tokens", flags.unread_tokens)?,
+                preemptions_max: check_count("max-preemptions", flags.max_preemptions)?,
+                priority_aging: micros("priority-aging", flags.priority_aging)?,
+                prefix_reuse: flags.prefix_reuse,
                 ..EngineConfig::default()
             },
             edge,
         })
     }
 
-    /// Requests that the server holds at the same time at most.
+    /// Requests that may be alive at the same time: as many as the engine holds, and some that are
+    /// on their way to hear from it that it is full, and when to come back.
     #[must_use]
     pub fn requests_max(&self) -> usize {
-        self.engine.max_running + self.engine.max_waiting
+        let held = self.engine.max_running + self.engine.max_waiting;
+        held + (held / 4).max(REQUESTS_ON_THEIR_WAY)
     }
 }
 
@@ -195,6 +212,7 @@ impl ServeFlags {
         let flags = &self.connections;
         let edge = EdgeConfig {
             grace: check_time("grace", self.grace.0)?,
+            step_limit: check_time("step-limit", self.step_limit.0)?,
             stall_limit: check_time("stall-limit", flags.times.stall_limit.0)?,
             message_bytes_max: small_bytes("max-message", flags.max_message)?,
             gzip: flags.gzip,
@@ -247,6 +265,12 @@ impl ConnectionFlags {
             stream_stall_timeout: check_time("stream-stall-timeout", times.stream_stall_timeout.0)?,
         })
     }
+}
+
+/// Checks a time that the engine counts in microseconds.
+fn micros(flag: &'static str, time: TimeSpan) -> Result<Micros, ConfigError> {
+    let time = check_time(flag, time.0)?;
+    Ok(Micros(u64::try_from(time.as_micros()).expect("the range of the setting fits")))
 }
 
 /// Checks a size whose range fits the type it is kept in.

@@ -207,3 +207,193 @@ impl BlockPool {
         self.cache.clear(&mut self.blocks);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use slipstream_model::block_manager::BlockTable;
+    use slipstream_model::ids::{BLOCK_LEN, BlockId, TokenId};
+
+    use super::{BlockPool, Contents};
+    use crate::engine::prefix_cache::BlockKey;
+    use crate::engine::request::{PrefixScope, TenantId};
+
+    /// Draws numbers below a bound.
+    struct Dice(u64);
+
+    impl Dice {
+        fn below(&mut self, bound: usize) -> usize {
+            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695);
+            (self.0 >> 33) as usize % bound
+        }
+    }
+
+    /// What somebody computes.
+    #[derive(Default)]
+    struct Run {
+        scope: PrefixScope,
+        tokens: Vec<TokenId>,
+        keys: Vec<BlockKey>,
+        table: BlockTable,
+        computed_len: usize,
+        num_remembered: usize,
+    }
+
+    impl Run {
+        fn contents(&self, num_blocks: usize) -> Contents<'_> {
+            Contents { scope: self.scope, tokens: &self.tokens, keys: &self.keys[..num_blocks] }
+        }
+    }
+
+    struct World {
+        dice: Dice,
+        pool: BlockPool,
+        /// Whose tokens were written into each block, all up to its last written position.
+        store: Vec<(PrefixScope, Vec<TokenId>)>,
+        runs: Vec<Run>,
+        is_weak: bool,
+        num_hits: usize,
+        num_copies: usize,
+    }
+
+    impl World {
+        fn new(seed: u64, is_weak: bool) -> Self {
+            let mut dice = Dice(seed);
+            let num_blocks = 4 + dice.below(12);
+            Self {
+                pool: BlockPool::new(num_blocks, [3; 32]),
+                store: vec![Default::default(); num_blocks],
+                runs: (0..4).map(|_| Run::default()).collect(),
+                dice,
+                is_weak,
+                num_hits: 0,
+                num_copies: 0,
+            }
+        }
+
+        /// Two patterns of blocks only, so that beginnings are often the same.
+        fn start(&mut self, index: usize) {
+            let scope = PrefixScope { tenant: TenantId(self.dice.below(2) as u128), salt: 0 };
+            let mut tokens = Vec::new();
+            for _ in 0..self.dice.below(5) {
+                let pattern = self.dice.below(2) as u32;
+                tokens.extend((0..BLOCK_LEN as u32).map(|place| TokenId(10 * place + pattern)));
+            }
+            tokens.extend((0..=self.dice.below(BLOCK_LEN)).map(|_| TokenId(7)));
+            let mut keys = Vec::new();
+            self.pool.extend_keys(scope, &tokens, &mut keys);
+            if self.is_weak {
+                keys.iter_mut().for_each(|key| *key = key.weakened());
+            }
+            let useful = (tokens.len() - 1) / BLOCK_LEN;
+            let contents = Contents { scope, tokens: &tokens, keys: &keys };
+            let mut table = BlockTable::new();
+            let num_found = self.pool.adopt(&mut table, contents, useful);
+            for (number, block) in table.blocks().iter().enumerate() {
+                let wanted = &tokens[..(number + 1) * BLOCK_LEN];
+                let (held_by, held) = &self.store[block.index()];
+                assert_eq!((*held_by, &held[..]), (scope, wanted), "found what is not there");
+            }
+            self.num_hits += num_found;
+            let (computed_len, num_remembered) = (num_found * BLOCK_LEN, num_found);
+            self.runs[index] = Run { scope, tokens, keys, table, computed_len, num_remembered };
+        }
+
+        /// Takes over everything that another run has, as a sibling does.
+        fn follow(&mut self, index: usize, other: usize) {
+            let Run { scope, ref tokens, ref keys, ref table, computed_len, .. } = self.runs[other];
+            let (tokens, keys, held) = (tokens.clone(), keys.clone(), table.blocks().to_vec());
+            let run = &mut self.runs[index];
+            self.pool.share(&mut run.table, &held[..computed_len.div_ceil(BLOCK_LEN)]);
+            run.num_remembered = 0;
+            (run.scope, run.tokens, run.keys, run.computed_len) =
+                (scope, tokens, keys, computed_len);
+        }
+
+        fn compute(&mut self, index: usize) {
+            let run = &mut self.runs[index];
+            let left = run.tokens.len() - run.computed_len;
+            let len = run.computed_len + self.dice.below(left + 1);
+            if len == run.computed_len || self.pool.grow(&mut run.table, len).is_err() {
+                return;
+            }
+            let Ok(copy) = self.pool.make_writable(&mut run.table, run.computed_len) else {
+                return;
+            };
+            if let Some((from, to)) = copy {
+                self.store[to.index()] = self.store[from.index()].clone();
+                self.num_copies += 1;
+            }
+            for (number, block) in run.table.blocks().iter().enumerate() {
+                let end = ((number + 1) * BLOCK_LEN).min(len);
+                if end > run.computed_len {
+                    assert!(self.pool.refs(*block) == 1, "a shared block is written");
+                    self.store[block.index()] = (run.scope, run.tokens[..end].to_vec());
+                }
+            }
+            run.computed_len = len;
+        }
+
+        fn remember(&mut self, index: usize) {
+            let run = &mut self.runs[index];
+            let num_blocks = run.computed_len / BLOCK_LEN;
+            let mut table = std::mem::take(&mut run.table);
+            let contents = run.contents(num_blocks);
+            let kept = self.pool.remember(&mut table, run.num_remembered.min(num_blocks), contents);
+            (run.table, run.num_remembered) = (table, kept);
+        }
+
+        fn check(&self) {
+            let held: BTreeSet<BlockId> =
+                self.runs.iter().flat_map(|run| run.table.blocks().iter().copied()).collect();
+            let pool = &self.pool;
+            assert_eq!(pool.num_available() + held.len(), pool.num_blocks(), "blocks are lost");
+            for block in (0..pool.num_blocks() as u32).map(BlockId) {
+                let tables = self.runs.iter().map(|run| run.table.blocks());
+                let count = tables.flatten().filter(|&&other| other == block).count();
+                assert_eq!(pool.refs(block), count, "{block:?}");
+            }
+            for (block, scope, tokens) in pool.cached_prefixes() {
+                assert_eq!(self.store[block.index()], (scope, tokens), "{block:?} holds else");
+            }
+        }
+    }
+
+    fn live(seed: u64, is_weak: bool) -> (usize, usize, u64) {
+        let mut world = World::new(seed, is_weak);
+        for _ in 0..400 {
+            let index = world.dice.below(world.runs.len());
+            let other = world.dice.below(world.runs.len());
+            let is_idle = world.runs[index].tokens.is_empty();
+            match world.dice.below(12) {
+                0 if !is_idle => {
+                    let run = &mut world.runs[index];
+                    world.pool.release(&mut run.table);
+                    *run = Run::default();
+                }
+                1 if is_idle && other != index => world.follow(index, other),
+                2 if world.dice.below(8) == 0 => world.pool.distrust(&world.runs[index].table),
+                3 if world.dice.below(40) == 0 => world.pool.distrust_all(),
+                4 | 5 if !is_idle => world.remember(index),
+                _ if is_idle => world.start(index),
+                _ => world.compute(index),
+            }
+            world.check();
+        }
+        (world.num_hits, world.num_copies, world.pool.num_evicted())
+    }
+
+    #[test]
+    fn random_sharing_never_shows_what_is_not_there() {
+        for is_weak in [false, true] {
+            let mut total = (0, 0, 0);
+            for seed in 0..300 {
+                let (num_hits, num_copies, num_evicted) = live(seed, is_weak);
+                total = (total.0 + num_hits, total.1 + num_copies, total.2 + num_evicted);
+            }
+            let is_met = total.0 > 1_000 && total.1 > 100 && total.2 > 1_000;
+            assert!(is_met, "hits, copies, evictions: {total:?}, weak keys: {is_weak}");
+        }
+    }
+}

@@ -10,8 +10,8 @@ use super::request::TenantId;
 const PROMPT_WEIGHT: u64 = 1;
 /// What an output token counts; both weights are those of the paper's evaluation.
 const OUTPUT_WEIGHT: u64 = 2;
-/// Tenants without requests that are remembered because they are ahead of others. Beyond that all of
-/// them are forgotten, so that nobody can fill the memory with names.
+/// Tenants without requests that are remembered because they are ahead of others. Beyond that all
+/// of them are forgotten, so that nobody can fill the memory with names.
 const ABSENT_MAX: usize = 4096;
 
 #[derive(Clone, Copy, Debug, Default)]

@@ -117,8 +117,13 @@ impl Engine {
     /// Whether a sequence that does not run cannot have its first token in time any more.
     fn is_hopeless(&self, sequence: &Sequence, now: Micros) -> bool {
         let Some(deadline) = sequence.request.deadline else { return false };
-        let is_running = sequence.phase == Phase::Running || sequence.first_token.is_some();
-        !is_running && deadline.since(now) < self.least_time(&sequence.request)
+        if sequence.phase == Phase::Running || sequence.first_token.is_some() {
+            return false;
+        }
+        // Looking into the cache takes longer than this, and is rarely needed.
+        let left = deadline.since(now);
+        let whole = StepShape::default().with(0, sequence.request.prompt.len());
+        left < self.costs.predict(whole) && left < self.least_time(&sequence.request)
     }
 
     /// Ends the sequences whose deadline has passed, or will have before they can begin to answer.

@@ -8,6 +8,7 @@ mod commit;
 mod counters;
 pub mod event;
 mod fair_share;
+mod idle_list;
 mod keeping;
 mod lifecycle;
 mod output;

@@ -1,21 +1,22 @@
-//! Owns what the kept blocks of a pool contain, and finds the longest beginning of a sequence among
-//! them. Only full blocks of committed tokens enter. Knows tokens and block ids; holds no tables and
-//! sees no sequences.
+//! Owns what the kept blocks of a pool contain, and finds the longest beginning of a sequence in
+//! them. Only full blocks of committed tokens enter. Knows tokens and block ids; holds no tables
+//! and sees no sequences.
 //!
 //! A block is found by a keyed hash of everything before and in it, and believed only when its
 //! tokens, its scope and its *parent entry* are the same too. Entries leave from the leaves on, so
 //! by induction the whole beginning was compared token by token: a collision of hashes can hide an
 //! entry, never show a wrong one.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
 use slipstream_model::block_manager::{BlockManager, BlockTable};
 use slipstream_model::ids::{BLOCK_LEN, BlockId, TokenId};
 
+use super::idle_list::IdleList;
 use super::request::PrefixScope;
 
 /// Keyed hash of a scope and all tokens up to the end of one block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct BlockKey(u128);
 
 /// What a kept block contains.
@@ -28,10 +29,6 @@ struct Entry {
     parent: Option<(BlockId, u64)>,
     scope: PrefixScope,
     tokens: [TokenId; BLOCK_LEN],
-    /// Entries whose parent this is.
-    num_children: u32,
-    /// Orders idle blocks by recency.
-    last_used: u64,
 }
 
 /// The contents of kept blocks, and which of them can go.
@@ -40,11 +37,12 @@ pub(super) struct PrefixCache {
     secret: [u8; 32],
     /// By block, `[num_blocks]`.
     entries: Vec<Option<Entry>>,
-    by_key: HashMap<BlockKey, BlockId>,
-    /// Idle blocks without children, the least recently used first.
-    evictable: BTreeSet<(u64, BlockId)>,
+    by_key: BTreeMap<BlockKey, BlockId>,
+    /// Kept blocks that no table holds. Tables let their blocks go from the last to the first, and
+    /// hold whole beginnings: so a block is always older here than the one before it, and the
+    /// oldest is a leaf.
+    idle: IdleList,
     next_serial: u64,
-    now: u64,
 }
 
 impl PrefixCache {
@@ -53,10 +51,9 @@ impl PrefixCache {
         Self {
             secret,
             entries: vec![None; num_blocks],
-            by_key: HashMap::new(),
-            evictable: BTreeSet::new(),
+            by_key: BTreeMap::new(),
+            idle: IdleList::new(num_blocks),
             next_serial: 0,
-            now: 0,
         }
     }
 
@@ -108,13 +105,9 @@ impl PrefixCache {
         self.entries.get(block.index())?.as_ref()
     }
 
-    fn entry_mut(&mut self, block: BlockId) -> Option<&mut Entry> {
-        self.entries.get_mut(block.index())?.as_mut()
-    }
-
-    /// Keeps the full blocks of `table` from index `from` on, up to `keys`. Where another block with
-    /// the same contents is kept already, the table takes that one instead of its own. Returns how
-    /// many blocks from the beginning are in the cache now.
+    /// Keeps the full blocks of `table` from index `from` on, up to `keys`. Where another block
+    /// with the same contents is kept already, the table takes that one instead of its own. Returns
+    /// how many blocks from the beginning are in the cache now.
     pub(super) fn insert(
         &mut self,
         blocks: &mut BlockManager,
@@ -153,8 +146,6 @@ impl PrefixCache {
                             parent,
                             scope,
                             tokens: own.try_into().expect("a block's tokens"),
-                            num_children: 0,
-                            last_used: 0,
                         },
                     );
                     blocks.keep(block);
@@ -169,37 +160,24 @@ impl PrefixCache {
     fn add(&mut self, block: BlockId, entry: Entry) {
         self.next_serial += 1;
         self.by_key.insert(entry.key, block);
-        if let Some((parent, _)) = entry.parent
-            && let Some(parent) = self.entry_mut(parent)
-        {
-            parent.num_children += 1;
-        }
         self.entries[block.index()] = Some(entry);
     }
 
-    /// The last table that held a kept block has let it go. To be told tail first, so that of one
-    /// sequence the tail is the least recently used.
+    /// The last table that held a kept block has let it go. To be told from the last block of a
+    /// table to the first.
     pub(super) fn becomes_idle(&mut self, block: BlockId) {
-        self.now += 1;
-        let now = self.now;
-        let Some(entry) = self.entry_mut(block) else { return };
-        entry.last_used = now;
-        if entry.num_children == 0 {
-            self.evictable.insert((now, block));
-        }
+        self.idle.push(block);
     }
 
     /// A table holds a kept block again.
     pub(super) fn becomes_held(&mut self, block: BlockId) {
-        let Some(entry) = self.entry(block) else { return };
-        let place = (entry.last_used, block);
-        self.evictable.remove(&place);
+        self.idle.remove(block);
     }
 
-    /// Gives up the least recently used idle block without children, which is free then. Returns
-    /// false when there is none.
+    /// Gives up the block that has been idle longest, which is free then. Returns false when there
+    /// is none.
     pub(super) fn evict(&mut self, blocks: &mut BlockManager) -> bool {
-        let Some((_, block)) = self.evictable.pop_first() else { return false };
+        let Some(block) = self.idle.oldest() else { return false };
         self.remove(blocks, block);
         true
     }
@@ -207,15 +185,8 @@ impl PrefixCache {
     fn remove(&mut self, blocks: &mut BlockManager, block: BlockId) {
         let Some(entry) = self.entries[block.index()].take() else { return };
         self.by_key.remove(&entry.key);
-        self.evictable.remove(&(entry.last_used, block));
+        self.idle.remove(block);
         blocks.drop_kept(block);
-        let Some((parent, _)) = entry.parent else { return };
-        let Some(above) = self.entry_mut(parent) else { return };
-        above.num_children -= 1;
-        if above.num_children == 0 && blocks.num_tables(parent) == 0 {
-            let place = (above.last_used, parent);
-            self.evictable.insert(place);
-        }
     }
 
     /// Forgets what the blocks of `table` contain, and everything that follows them.
@@ -242,12 +213,7 @@ impl PrefixCache {
     /// Forgets everything.
     pub(super) fn clear(&mut self, blocks: &mut BlockManager) {
         let kept: Vec<BlockId> = self.kept().map(|(block, _)| block).collect();
-        self.evictable.clear();
-        self.by_key.clear();
-        for block in kept {
-            self.entries[block.index()] = None;
-            blocks.drop_kept(block);
-        }
+        kept.into_iter().for_each(|block| self.remove(blocks, block));
     }
 
     fn kept(&self) -> impl Iterator<Item = (BlockId, &Entry)> {
@@ -281,4 +247,12 @@ pub(super) struct Contents<'a> {
     pub(super) tokens: &'a [TokenId],
     /// Keys of the full blocks to keep.
     pub(super) keys: &'a [BlockKey],
+}
+
+#[cfg(test)]
+impl BlockKey {
+    /// One of very few keys, so that different contents often have the same.
+    pub(super) fn weakened(self) -> Self {
+        Self(self.0 % 3)
+    }
 }

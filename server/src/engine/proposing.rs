@@ -26,6 +26,8 @@ pub(super) struct ProposeOutcome {
 pub(super) struct ProposeTerms<'a> {
     /// How long it may take.
     pub(super) budget: TimeBudget<'a>,
+    /// How long it may take without being at fault.
+    pub(super) limit: Micros,
     /// Ids that the verifier knows.
     pub(super) vocab_size: usize,
     /// Consecutive faulty steps after which it is not asked any more.
@@ -66,7 +68,7 @@ impl Draft {
         terms: ProposeTerms<'_>,
         proposals: &mut Proposals,
     ) -> ProposeOutcome {
-        let ProposeTerms { budget, vocab_size, quarantine_after } = terms;
+        let ProposeTerms { budget, limit, vocab_size, quarantine_after } = terms;
         let mut outcome = ProposeOutcome::default();
         proposals.clear();
         if work.is_empty() || !self.is_available() {
@@ -79,7 +81,7 @@ impl Draft {
             epoch = proposer.epoch();
             proposer.propose(work, budget, proposals)
         });
-        match asked.and_then(|()| check_time(begin, budget)) {
+        match asked.and_then(|()| check_time(begin, budget, limit)) {
             Ok(()) => {
                 proposals.drop_empty(); // nothing to say is no offence
                 let num_raw = proposals.len();
@@ -128,12 +130,11 @@ impl Draft {
     }
 }
 
-/// A proposer that took more than twice its time is at fault: the tokens of every stream waited.
-fn check_time(begin: Micros, budget: TimeBudget<'_>) -> Result<(), DraftFault> {
-    let budget_us = budget.deadline.since(begin).0;
+/// A proposer that took more than its limit is at fault: the tokens of every stream waited.
+fn check_time(begin: Micros, budget: TimeBudget<'_>, limit: Micros) -> Result<(), DraftFault> {
     let taken_us = budget.clock.now().since(begin).0;
-    if taken_us > budget_us.saturating_mul(2) {
-        return Err(DraftFault::OverBudget { taken_us, budget_us });
+    if taken_us > limit.0 {
+        return Err(DraftFault::OverBudget { taken_us, budget_us: limit.0 });
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Owns measuring, before the first request, what steps of a few shapes take on this machine, so that
-//! the first prompt is cut into chunks that fit.
+//! Owns measuring, before the first request, what steps of a few shapes take on this machine, so
+//! that the first prompt is cut into chunks that fit.
 
 use slipstream_model::block_manager::BlockTable;
 use slipstream_model::clock::Micros;

@@ -79,7 +79,7 @@ impl PrefixReuse {
 }
 
 /// Among whom KV may be shared: one tenant, one salt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PrefixScope {
     /// The tenant.
     pub tenant: TenantId,

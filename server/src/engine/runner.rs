@@ -11,9 +11,9 @@ use slipstream_model::ids::SequenceId;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
-use super::Engine;
 use super::event::{CancelReason, Event};
 use super::request::SubmitError;
+use super::{Engine, StepReport};
 use crate::handle::{Canceller, Command, EngineHandle, Submission};
 use crate::metrics::engine::{EngineRecorder, Pace};
 
@@ -21,19 +21,31 @@ use crate::metrics::engine::{EngineRecorder, Pace};
 /// that was just looking, while nothing else happens.
 const STALLED_POLL: Duration = Duration::from_millis(2);
 
+/// How the engine thread ended, unless as it was told to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// The verifier failed too often in a row, or panicked: nothing can be computed any more.
+    /// Every request had its end.
+    #[error("the verifier keeps failing")]
+    VerifierFailed,
+    /// The engine panicked elsewhere; the panic is on stderr.
+    #[error("the engine thread panicked")]
+    Panicked,
+}
+
 /// The running engine thread.
 #[derive(Debug)]
 pub struct EngineThread {
-    thread: JoinHandle<()>,
+    thread: JoinHandle<Result<(), EngineError>>,
 }
 
 impl EngineThread {
     /// Waits for the thread to end.
     ///
     /// # Errors
-    /// The engine's panic, if that is how it ended.
-    pub fn join(self) -> thread::Result<()> {
-        self.thread.join()
+    /// [`EngineError`] when nobody told it to end.
+    pub fn join(self) -> Result<(), EngineError> {
+        self.thread.join().unwrap_or(Err(EngineError::Panicked))
     }
 }
 
@@ -48,13 +60,13 @@ pub(crate) fn spawn(
 ) -> io::Result<(EngineHandle, EngineThread)> {
     let (sender, commands) = channel::bounded(EngineHandle::queue_capacity(max_requests));
     let runner = Runner {
-        is_shown: recorder.step_ends(&engine),
+        is_shown: recorder.step_ends(&engine, StepReport::default()),
         recorder,
         engine,
         commands,
         readers: HashMap::new(),
         is_draining: false,
-        is_stalled: false,
+        is_blocked: false,
         news: Vec::new(),
     };
     let thread = thread::Builder::new().name("engine".to_owned()).spawn(|| runner.run())?;
@@ -71,10 +83,11 @@ struct Reader {
 struct Runner {
     engine: Engine,
     commands: Receiver<Command>,
+    /// Of requests that have not ended, or whose end was not handed over.
     readers: HashMap<SequenceId, Reader>,
     is_draining: bool,
-    /// Whether some reader's queue was full when last offered output.
-    is_stalled: bool,
+    /// Whether the last step could compute nothing: whoever could run waits for somebody's reader.
+    is_blocked: bool,
     recorder: EngineRecorder,
     /// Whether the recorder has shown what the engine is now.
     is_shown: bool,
@@ -83,26 +96,31 @@ struct Runner {
 }
 
 impl Runner {
-    fn run(mut self) {
-        while self.take_commands() {
+    fn run(mut self) -> Result<(), EngineError> {
+        while !self.engine.has_failed() && self.take_commands() {
             self.recorder.step_begins();
-            self.engine.step();
+            let report = self.engine.step();
+            self.is_blocked = report.num_rows == 0;
             self.deliver();
-            self.is_shown = self.recorder.step_ends(&self.engine);
+            self.is_shown = self.recorder.step_ends(&self.engine, report);
         }
         self.engine.shut_down();
         self.deliver();
         self.recorder.ends(&self.engine);
+        if self.engine.has_failed() { Err(EngineError::VerifierFailed) } else { Ok(()) }
     }
 
     /// Takes all commands that wait, and waits for one when there is nothing else to do. Returns
     /// false when the thread shall end.
     fn take_commands(&mut self) -> bool {
-        if !self.engine.has_work() {
-            let first = if self.is_stalled || !self.is_shown {
-                self.commands.recv_timeout(STALLED_POLL)
-            } else {
+        if !self.engine.has_work() || self.is_blocked {
+            // Somebody whose request has not ended, or who has not taken its end, is behind: their
+            // output is offered again, and the step that comes with it ends what is out of time.
+            let is_idle = self.readers.is_empty() && !self.engine.has_work();
+            let first = if is_idle && self.is_shown {
                 self.commands.recv().map_err(|_| RecvTimeoutError::Disconnected)
+            } else {
+                self.commands.recv_timeout(STALLED_POLL)
             };
             match first {
                 Ok(command) => {
@@ -155,7 +173,6 @@ impl Runner {
     /// Offers unsent output to its readers. What does not fit stays with the sequence and
     /// coalesces.
     fn deliver(&mut self) {
-        self.is_stalled = false;
         let mut news = std::mem::take(&mut self.news);
         news.clear();
         self.engine.ids_with_news(&mut news);
@@ -192,7 +209,6 @@ impl Runner {
                         self.engine.forget(id, reason);
                         return;
                     }
-                    self.is_stalled = true;
                     break;
                 }
                 Err(TrySendError::Closed(())) => {

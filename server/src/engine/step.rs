@@ -19,6 +19,10 @@ use super::sequence::Phase;
 use super::step_costs::StepShape;
 use super::{Engine, keeping};
 
+/// A draft has at least this long, if its budget allows: pauses of the machine are no reason to
+/// stop it.
+const PROPOSE_LEAST: Micros = Micros(5_000);
+
 /// What a step did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepReport {
@@ -186,9 +190,14 @@ impl Engine {
             }
         }));
         let clock = self.clock.as_ref();
-        let deadline = clock.now().plus(self.config.propose_budget);
+        // A draft that has much to catch up with does so in portions: no step takes much longer
+        // than it would without it.
+        let verify = self.costs.predict(self.shape_of(&room.plan));
+        let span = verify.max(PROPOSE_LEAST).min(self.config.propose_budget);
+        let deadline = clock.now().plus(span);
         let terms = ProposeTerms {
             budget: TimeBudget { clock, deadline },
+            limit: Micros(self.config.propose_budget.0.saturating_mul(2)),
             vocab_size: self.verifier.limits().vocab_size,
             quarantine_after: self.config.quarantine_after,
         };
@@ -197,6 +206,14 @@ impl Engine {
         self.counters.draft_faults += u64::from(outcome.is_fault);
         self.counters.dropped_proposals += outcome.num_dropped;
         self.counters.quarantines += u64::from(outcome.is_quarantined_now);
+    }
+
+    /// The rows of a plan as their cost sees them.
+    fn shape_of(&self, plan: &StepPlan) -> StepShape {
+        plan.rows.iter().fold(StepShape::default(), |shape, rows| {
+            let start = self.sequences[&rows.id].computed_len;
+            shape.with(start, rows.chunk_len + rows.draft_len)
+        })
     }
 
     /// Lets the target decide.

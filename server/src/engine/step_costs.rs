@@ -1,10 +1,10 @@
-//! Owns what a step is expected to take: a fit to the steps that were measured. Knows rows, positions
-//! and microseconds; the scheduler decides what follows from them. It decides only how much a step
-//! computes, so it cannot change any output.
+//! Owns what a step is expected to take: a fit to the steps that were measured. Knows rows,
+//! positions and microseconds; the scheduler decides what follows from them. It decides only how
+//! much a step computes, so it cannot change any output.
 //!
-//! The model is `base + per_row * rows + per_pair * pairs`, where pairs counts the positions that all
-//! rows attend to. Measurements are averaged in cells of similar shape, and the fit goes through the
-//! cells: a million plain steps do not make it forget what a chunk takes.
+//! The model is `base + per_row * rows + per_pair * pairs`, where pairs counts the positions that
+//! all rows attend to. Measurements are averaged in cells of similar shape, and the fit goes
+//! through the cells: a million plain steps do not make it forget what a chunk takes.
 
 use slipstream_model::clock::Micros;
 
@@ -35,8 +35,8 @@ const ROW_CELLS: usize = 17;
 const PAIR_CELLS: usize = 21;
 /// A cell follows the machine with this weight for a new measurement, faster while it is young.
 const MEMORY: f64 = 16.0;
-/// A measurement counts at most this many times what was expected: a pause of the whole machine says
-/// nothing about the step.
+/// A measurement counts at most this many times what was expected: a pause of the whole machine
+/// says nothing about the step.
 const OUTLIER: f64 = 4.0;
 /// Measurements of a cell before outliers in it are cut.
 const YOUNG: u32 = 4;
@@ -148,16 +148,14 @@ impl StepCosts {
 
     /// Least squares of relative errors over the cells, no cost below zero.
     fn refit(&mut self) {
-        let guess = Cell {
-            num: 1,
-            rows: FIRST_GUESS_ROWS as f64,
-            pairs: (FIRST_GUESS_ROWS * FIRST_GUESS_ROWS) as f64,
-            us: FIRST_GUESS_US,
-        };
         let mut normal = Normal::default();
         let measured = self.cells.iter().filter(|cell| cell.num > 0);
         if measured.clone().count() < CELLS_ENOUGH {
-            normal.add(&guess, GUESS_WEIGHT);
+            for rows in [1, FIRST_GUESS_ROWS] {
+                let (rows, pairs) = (rows as f64, (rows * rows) as f64);
+                let us = rows * FIRST_GUESS_US / FIRST_GUESS_ROWS as f64;
+                normal.add(&Cell { num: 1, rows, pairs, us }, GUESS_WEIGHT);
+            }
         }
         measured.for_each(|cell| normal.add(cell, 1.0));
         self.fit = normal.solve();

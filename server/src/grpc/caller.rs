@@ -10,6 +10,7 @@ use tonic::{Request, Response, Status};
 
 use crate::grpc::limits;
 use crate::grpc::refusal::Refusal;
+use crate::grpc::sharing::tenant_of;
 use crate::grpc::status::CallError;
 use crate::grpc::timeout::time_allowed;
 
@@ -27,6 +28,8 @@ pub(crate) struct Caller {
     pub(crate) age: Micros,
     /// How long the server may work on it from now on; `None` for ever.
     pub(crate) span: Option<Micros>,
+    /// Tenant that its metadata names.
+    pub(crate) tenant: Option<String>,
 }
 
 /// When a call arrived, before its message was there. Methods find it among the extensions of their
@@ -52,13 +55,17 @@ impl Caller {
             Some(Err(refusal)) => return Err((refusal.into(), id)),
             None => id,
         };
+        let tenant = match tenant_of(call.metadata()) {
+            Ok(tenant) => tenant,
+            Err(refusal) => return Err((refusal.into(), request_id)),
+        };
         let arrived = call.extensions().get::<Arrived>();
         let age = arrived.map_or(Duration::ZERO, |arrived| arrived.0.elapsed());
         let age = Micros(u64::try_from(age.as_micros()).unwrap_or(u64::MAX));
         match time_allowed(call.metadata()) {
             Ok(span) => {
                 let span = span.map(|span| Micros(span.0.saturating_sub(age.0)));
-                Ok(Self { request_id, age, span })
+                Ok(Self { request_id, age, span, tenant })
             }
             Err(refusal) => Err((refusal.into(), request_id)),
         }

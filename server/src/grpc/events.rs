@@ -17,10 +17,14 @@ pub(crate) fn wire_count(count: usize) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX)
 }
 
-/// Some output, with the bytes of every token if there is a table for them.
-pub(crate) fn tokens(event: TokensEvent, token_bytes: Option<&TokenBytes>) -> v1::Tokens {
+/// Some output of a sample, with the bytes of every token if there is a table for them.
+pub(crate) fn tokens(
+    event: TokensEvent,
+    sample: usize,
+    token_bytes: Option<&TokenBytes>,
+) -> v1::Tokens {
     let tokens = event.tokens.into_iter().map(|each| token(each, token_bytes)).collect();
-    v1::Tokens { text: event.text, tokens }
+    v1::Tokens { text: event.text, tokens, sample: wire_count(sample) }
 }
 
 fn token(token: OutputToken, token_bytes: Option<&TokenBytes>) -> v1::Token {
@@ -39,12 +43,13 @@ fn token(token: OutputToken, token_bytes: Option<&TokenBytes>) -> v1::Token {
     }
 }
 
-/// The end of a completion.
+/// The end of a sample.
 ///
 /// # Errors
 /// [`CallError`] for every end that is not a completion: the call's status.
 pub(crate) fn finished(
     event: Finished,
+    sample: usize,
     stop_strings: &[String],
     stall_limit: Duration,
 ) -> Result<v1::Finished, CallError> {
@@ -68,6 +73,7 @@ pub(crate) fn finished(
         usage: Some(usage(event.usage)),
         timings: Some(timings(event.timings)),
         speculation: Some(speculation(&event.speculation)),
+        sample: wire_count(sample),
     })
 }
 
@@ -85,6 +91,8 @@ fn usage(usage: Usage) -> v1::Usage {
         prompt_tokens: wire_count(usage.prompt_tokens),
         output_tokens: wire_count(usage.output_tokens),
         prefix_tokens: wire_count(usage.prefix_tokens),
+        cached_prompt_tokens: wire_count(usage.cached_tokens),
+        preemptions: wire_count(usage.preemptions),
     }
 }
 

@@ -26,7 +26,7 @@ async fn follow(mut stage: watch::Receiver<Stage>, mut health: HealthReporter) {
     loop {
         let now = *stage.borrow_and_update();
         let status = match now {
-            Stage::Loading | Stage::Draining => ServingStatus::NotServing,
+            Stage::Loading | Stage::Stuck | Stage::Draining => ServingStatus::NotServing,
             Stage::Serving => ServingStatus::Serving,
         };
         for name in HEALTH_NAMES {

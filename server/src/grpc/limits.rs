@@ -13,6 +13,12 @@ pub(crate) const PROMPT_TEXT_BYTES_MAX: usize = 1024 * 1024;
 pub(crate) const MODEL_NAME_BYTES_MAX: usize = 256;
 /// Request id, in visible ASCII characters.
 pub(crate) const REQUEST_ID_BYTES_MAX: usize = 128;
+/// Name of a tenant, in visible ASCII characters.
+pub(crate) const TENANT_BYTES_MAX: usize = 64;
+/// Salt of the KV that a request shares, in bytes.
+pub(crate) const CACHE_SALT_BYTES_MAX: usize = 128;
+/// Samples of one request. Each is a request to the engine, so this is what one call may multiply.
+pub(crate) const SAMPLES_MAX: usize = 16;
 /// Ids of one abort.
 pub(crate) const ABORT_IDS_MAX: usize = 1024;
 /// Output tokens of a request that does not say.
@@ -96,11 +102,14 @@ pub(crate) const TABLE: &[Limit] = &[
     most("model", MODEL_NAME_BYTES_MAX, "bytes"),
     most("request_id", REQUEST_ID_BYTES_MAX, "visible ASCII characters, 1 or more"),
     most("request_ids of Abort", ABORT_IDS_MAX, "ids, 1 or more"),
+    most("tenant, x-tenant-id", TENANT_BYTES_MAX, "visible ASCII characters"),
+    most("cache_salt", CACHE_SALT_BYTES_MAX, "bytes"),
+    most("n", SAMPLES_MAX, "samples, 1 or more"),
     Limit {
         name: "max_tokens",
         allowed: Allowed::Default(MAX_TOKENS_DEFAULT as f64),
         unit: "tokens; with the prompt within the context and the KV pool",
-        beyond: "OUT_OF_RANGE",
+        beyond: "OUT_OF_RANGE, beyond the KV pool alone RESOURCE_EXHAUSTED",
     },
     Limit {
         name: "temperature",

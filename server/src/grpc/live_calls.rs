@@ -4,7 +4,7 @@
 //! A client takes nothing when there is something to take and nobody asks for it. The connection
 //! asks for one more event than its peer's window has room for, and for the next one only when that
 //! has gone, so being asked is the sign of life. Events cost two atomic stores for this and no
-//! timer: the sweeper compares counts.
+//! timer: the sweeper compares counts. The samples of one call are one here: they end together.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -62,9 +62,9 @@ impl LiveCalls {
     /// Enters a call, before the engine knows its request. It leaves with the entry.
     pub(crate) fn enter(self: &Arc<Self>, request_id: &str, guard: CallGuard) -> Entry {
         let call = Arc::new(LiveCall {
-            canceller: Canceller::default(),
+            cancellers: Mutex::new(vec![Canceller::default()]),
             guard: Mutex::new(Some(guard)),
-            unread: OnceLock::new(),
+            samples: OnceLock::new(),
             num_asked: AtomicU32::new(0),
             is_waiting: AtomicBool::new(false),
             seen: Mutex::default(),
@@ -74,11 +74,11 @@ impl LiveCalls {
         Entry { calls: Arc::clone(self), key, call }
     }
 
-    /// Ends all requests of this id. Returns how many were alive.
+    /// Ends all requests of this id. Returns how many calls were alive.
     pub(crate) fn abort(&self, request_id: &str) -> usize {
         let range = (request_id.to_owned(), 0)..=(request_id.to_owned(), u64::MAX);
         let found: Vec<_> = self.lock().range(range).map(|(_, call)| Arc::clone(call)).collect();
-        found.iter().filter(|call| call.canceller.cancel(CancelReason::Aborted)).count()
+        found.iter().filter(|call| call.cancel(CancelReason::Aborted)).count()
     }
 
     /// Looks at every call once and ends those that have stalled.
@@ -90,7 +90,7 @@ impl LiveCalls {
         };
         for key in stalled {
             let Some(call) = self.lock().remove(&key) else { continue };
-            call.canceller.cancel(CancelReason::Stalled);
+            call.cancel(CancelReason::Stalled);
             call.release();
             tracing::debug!(request_id = key.0, "the client takes nothing: request ended");
         }
@@ -123,11 +123,12 @@ async fn sweep_every(interval: Duration, calls: Weak<LiveCalls>) {
 /// One completion in progress.
 #[derive(Debug)]
 pub(crate) struct LiveCall {
-    canceller: Canceller,
+    /// Of its samples, in order; at least one.
+    cancellers: Mutex<Vec<Canceller>>,
     /// What a drain waits for.
     guard: Mutex<Option<CallGuard>>,
-    /// What its stream holds; absent for calls that are not streamed.
-    unread: OnceLock<Unread>,
+    /// What its stream holds of each sample; absent for calls that are not streamed.
+    samples: OnceLock<Vec<Watched>>,
     /// How often the connection asked for more.
     num_asked: AtomicU32,
     /// Whether it was last told that there is nothing yet.
@@ -144,15 +145,52 @@ struct Seen {
     num_idle: Option<u32>,
 }
 
+/// One sample of a streamed call.
+#[derive(Debug)]
+struct Watched {
+    unread: Unread,
+    /// Whether its end was taken: then there is nothing to take any more.
+    is_over: AtomicBool,
+}
+
 impl LiveCall {
-    /// Ends the request from outside its stream.
-    pub(crate) fn canceller(&self) -> &Canceller {
-        &self.canceller
+    /// What ends each of `num` samples from outside its stream; at least one. Further ones are
+    /// cancelled already if the call is.
+    pub(crate) fn cancellers(&self, num: usize) -> Vec<Canceller> {
+        let mut cancellers = self.lock_cancellers();
+        while cancellers.len() < num {
+            let further = Canceller::default();
+            if let Some(reason) = cancellers.first().and_then(Canceller::cancelled) {
+                further.cancel(reason);
+            }
+            cancellers.push(further);
+        }
+        cancellers.clone()
     }
 
-    /// From now on the call is a stream whose client may stall.
-    pub(crate) fn watch(&self, unread: Unread) {
-        let _ = self.unread.set(unread); // a call has one stream
+    /// Ends all samples. Returns whether any was alive and this was the call that ended it.
+    pub(crate) fn cancel(&self, reason: CancelReason) -> bool {
+        let cancellers = self.lock_cancellers();
+        let num_ended = cancellers.iter().filter(|sample| sample.cancel(reason)).count();
+        num_ended > 0
+    }
+
+    /// Why the call was cancelled, if it was.
+    pub(crate) fn cancelled(&self) -> Option<CancelReason> {
+        self.lock_cancellers().first().and_then(Canceller::cancelled)
+    }
+
+    /// From now on the call is a stream of these samples whose client may stall.
+    pub(crate) fn watch(&self, samples: impl IntoIterator<Item = Unread>) {
+        let watched = |unread| Watched { unread, is_over: AtomicBool::new(false) };
+        let _ = self.samples.set(samples.into_iter().map(watched).collect()); // it has one stream
+    }
+
+    /// The end of a sample was taken.
+    pub(crate) fn sample_is_over(&self, index: usize) {
+        if let Some(sample) = self.samples.get().and_then(|samples| samples.get(index)) {
+            sample.is_over.store(true, Ordering::Relaxed);
+        }
     }
 
     /// The connection asks for more.
@@ -165,6 +203,11 @@ impl LiveCall {
         self.is_waiting.store(is_waiting, Ordering::Relaxed);
     }
 
+    fn lock_cancellers(&self) -> MutexGuard<'_, Vec<Canceller>> {
+        // No code that could panic runs under the lock.
+        self.cancellers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Lets a drain go on without this call.
     fn release(&self) {
         let guard = self.guard.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -173,8 +216,11 @@ impl LiveCall {
 
     /// Called by the sweeper alone, once per sweep.
     fn has_stalled(&self) -> bool {
-        let Some(unread) = self.unread.get() else { return false };
-        let is_something_there = !self.is_waiting.load(Ordering::Relaxed) || unread.is_any();
+        let Some(samples) = self.samples.get() else { return false };
+        let is_something_there = !self.is_waiting.load(Ordering::Relaxed)
+            || samples
+                .iter()
+                .any(|sample| !sample.is_over.load(Ordering::Relaxed) && sample.unread.is_any());
         let num_asked = self.num_asked.load(Ordering::Relaxed);
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         seen.num_idle = match seen.num_idle {
@@ -218,7 +264,7 @@ mod tests {
 
     use tokio::sync::mpsc;
 
-    use super::{CancelReason, Entry, LiveCalls, SWEEPS_PER_LIMIT};
+    use super::{CancelReason, Canceller, Entry, LiveCalls, SWEEPS_PER_LIMIT};
     use crate::engine::event::{Event, TokensEvent};
     use crate::grpc::calls::Calls;
     use crate::handle::{EVENT_QUEUE_LEN, Unread};
@@ -232,7 +278,7 @@ mod tests {
     fn open(live: &Arc<LiveCalls>, calls: &Calls) -> Stream {
         let entry = live.enter("id", calls.begin());
         let (events, receiver) = mpsc::channel(EVENT_QUEUE_LEN);
-        entry.watch(Unread::of(&events));
+        entry.watch([Unread::of(&events)]);
         Stream { entry, events, receiver }
     }
 
@@ -253,7 +299,7 @@ mod tests {
         }
 
         fn is_ended(&self) -> bool {
-            self.entry.canceller().cancelled() == Some(CancelReason::Stalled)
+            self.entry.cancelled() == Some(CancelReason::Stalled)
         }
     }
 
@@ -307,13 +353,41 @@ mod tests {
     }
 
     #[test]
+    fn the_samples_of_a_call_stall_and_end_as_one() {
+        let (live, calls) = (Arc::new(LiveCalls::new(Duration::from_secs(1))), Calls::new());
+        let entry = live.enter("id", calls.begin());
+        let cancellers = entry.cancellers(3);
+        let mut queues: Vec<_> = (0..3).map(|_| mpsc::channel(EVENT_QUEUE_LEN)).collect();
+        entry.watch(queues.iter().map(|(events, _)| Unread::of(events)));
+        entry.asked();
+        entry.answered(true);
+        let sweeps_to_end = || {
+            (1..=4 * SWEEPS_PER_LIMIT).find(|_| {
+                live.sweep();
+                entry.cancelled() == Some(CancelReason::Stalled)
+            })
+        };
+        // The engine is done with the first sample, and its end was taken: the others may take
+        // their time.
+        drop(queues.remove(0));
+        entry.sample_is_over(0);
+        assert_eq!(sweeps_to_end(), None, "nothing is there to take");
+        queues[1].0.try_send(Event::Tokens(TokensEvent::default())).expect("there is room");
+        assert_eq!(sweeps_to_end(), Some(1 + SWEEPS_PER_LIMIT));
+        let is_stalled = |sample: &Canceller| sample.cancelled() == Some(CancelReason::Stalled);
+        assert!(cancellers.iter().all(is_stalled), "{cancellers:?}");
+        assert!(entry.cancellers(5).iter().all(is_stalled), "those that come later too");
+        assert!(!entry.cancel(CancelReason::Aborted), "it has ended");
+    }
+
+    #[test]
     fn ids_are_told_apart_and_shared_ones_end_together() {
         let (live, calls) = (Arc::new(LiveCalls::new(Duration::from_secs(1))), Calls::new());
         let same: Vec<Entry> = (0..3).map(|_| live.enter("a", calls.begin())).collect();
         let others = ["", "a\u{0}", "a0", "b"].map(|id| live.enter(id, calls.begin()));
         assert_eq!((live.abort("a"), live.abort("a"), live.abort("c")), (3, 0, 0));
-        assert!(same.iter().all(|entry| entry.canceller().cancelled().is_some()));
-        assert!(others.iter().all(|entry| entry.canceller().cancelled().is_none()));
+        assert!(same.iter().all(|entry| entry.cancelled().is_some()));
+        assert!(others.iter().all(|entry| entry.cancelled().is_none()));
         drop((same, others));
         assert!(live.lock().is_empty());
         assert_eq!(calls.num_in_progress(), 0);

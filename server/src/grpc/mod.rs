@@ -5,6 +5,7 @@
 mod around;
 pub(crate) mod caller;
 pub(crate) mod calls;
+mod completion;
 pub(crate) mod events;
 mod framing;
 mod health;
@@ -19,6 +20,7 @@ pub(crate) mod routes;
 pub(crate) mod served;
 pub(crate) mod service;
 mod shared;
+mod sharing;
 pub(crate) mod status;
 pub(crate) mod timeout;
 mod tokenization;

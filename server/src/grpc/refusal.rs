@@ -20,13 +20,17 @@ pub(crate) enum Refusal {
         /// Value and limit.
         problem: String,
     },
-    /// The request would fit the model, but not the KV pool.
+    /// The request would fit the model, but never the KV pool.
     #[error("{field}: {problem}")]
     Pool {
         /// The field as the protocol names it.
         field: String,
         /// Value and limit.
         problem: String,
+        /// Positions needed.
+        wanted: usize,
+        /// Positions of the whole pool.
+        capacity: usize,
     },
     /// Another model is served.
     #[error("model: {wanted:?} is not served here, {served:?} is; leave the field empty to use it")]

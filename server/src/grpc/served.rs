@@ -19,7 +19,7 @@ pub(crate) struct ServedModel {
     /// Token ids below this exist.
     pub(crate) vocab_size: usize,
     /// Positions that prompt and output of one request may have together: the model's context, or
-    /// the KV pool if that is smaller.
+    /// the KV pool if that is smaller. What a client hears of it depends on which of the two it is.
     pub(crate) context_len: usize,
     /// Positions of the model's context, whatever the KV pool holds: defaults follow it, so that
     /// the size of the pool cannot change an output.

@@ -42,7 +42,7 @@ impl Shared {
     /// [`CallError::ShuttingDown`] then.
     pub(crate) fn check_stage(&self) -> Result<(), CallError> {
         match *self.stage.borrow() {
-            Stage::Loading | Stage::Serving => Ok(()),
+            Stage::Loading | Stage::Serving | Stage::Stuck => Ok(()),
             Stage::Draining => Err(crate::engine::request::SubmitError::ShuttingDown.into()),
         }
     }

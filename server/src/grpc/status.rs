@@ -57,6 +57,14 @@ pub(crate) enum CallError {
     /// The client cancelled or went away.
     #[error("the request was cancelled")]
     Cancelled,
+    /// The server has fewer places than the request has samples.
+    #[error("n: {wanted} samples are {wanted} requests, the server holds {limit} at most")]
+    OverPlaces {
+        /// Samples.
+        wanted: usize,
+        /// Places for requests, in all.
+        limit: usize,
+    },
     /// Somebody called Abort.
     #[error("the request was aborted by its id: {}", RESUME)]
     Aborted,
@@ -128,6 +136,15 @@ enum Detail<'a> {
     Field(&'a str, String),
     /// What is full, and its bound.
     Full(&'static str, usize),
+    /// A field whose wish the server could never grant, and what is wrong with it: how much it takes
+    /// of what, and how much there is.
+    Never {
+        field: &'a str,
+        problem: String,
+        subject: &'static str,
+        wanted: usize,
+        capacity: usize,
+    },
     /// A model that is not there.
     Model(&'a str),
 }
@@ -153,6 +170,12 @@ fn field<'a>(code: Code, reason: &'static str, name: &'a str, problem: String) -
     Meaning { code, reason, retry: None, detail: Detail::Field(name, problem) }
 }
 
+fn over_pool(field: &str, problem: String, wanted: usize, capacity: usize) -> Meaning<'_> {
+    let subject = "positions of the KV pool";
+    let detail = Detail::Never { field, problem, subject, wanted, capacity };
+    Meaning { detail, ..plain(Code::ResourceExhausted, "OVER_KV_POOL") }
+}
+
 impl CallError {
     /// The one place that decides what errors mean.
     fn meaning(&self) -> Meaning<'_> {
@@ -163,8 +186,8 @@ impl CallError {
             Self::Refused(Refusal::Range { field: name, problem }) => {
                 field(Code::OutOfRange, "OVER_CONTEXT", name, problem.clone())
             }
-            Self::Refused(Refusal::Pool { field: name, problem }) => {
-                field(Code::ResourceExhausted, "OVER_KV_POOL", name, problem.clone())
+            Self::Refused(Refusal::Pool { field, problem, wanted, capacity }) => {
+                over_pool(field, problem.clone(), *wanted, *capacity)
             }
             Self::Refused(Refusal::UnknownModel { wanted, .. }) => {
                 Meaning { detail: Detail::Model(wanted), ..plain(Code::NotFound, "UNKNOWN_MODEL") }
@@ -175,11 +198,18 @@ impl CallError {
             Self::NotTaken(SubmitError::OverContext { .. }) => {
                 field(Code::OutOfRange, "OVER_CONTEXT", "max_tokens", self.to_string())
             }
-            Self::NotTaken(SubmitError::NeverFits { .. }) => {
-                field(Code::ResourceExhausted, "OVER_KV_POOL", "max_tokens", self.to_string())
+            Self::NotTaken(SubmitError::NeverFits { wanted, capacity }) => {
+                over_pool("max_tokens", self.to_string(), *wanted, *capacity)
+            }
+            Self::OverPlaces { wanted, limit } => {
+                let (problem, subject) = (self.to_string(), "places for requests");
+                let (wanted, capacity) = (*wanted, *limit);
+                let detail = Detail::Never { field: "n", problem, subject, wanted, capacity };
+                Meaning { detail, ..plain(Code::ResourceExhausted, "OVER_PLACES") }
             }
             Self::NotTaken(SubmitError::QueueFull { limit, retry_after }) => {
-                let retry = Duration::from_micros(retry_after.0);
+                // Up to the millisecond that metadata can say: earlier is too early.
+                let retry = Duration::from_millis(retry_after.0.div_ceil(1_000));
                 full("QUEUE_FULL", "requests running or waiting", *limit, retry)
             }
             Self::NotTaken(SubmitError::TooLate { .. }) => {
@@ -232,6 +262,11 @@ impl CallError {
             Detail::Full(what, limit) => {
                 details.add_quota_failure_violation(what, format!("{limit} of {limit} in use"));
             }
+            Detail::Never { field, problem, subject, wanted, capacity } => {
+                details.add_bad_request_violation(field, problem);
+                let description = format!("{wanted} needed, {capacity} in all");
+                details.add_quota_failure_violation(subject, description);
+            }
             Detail::Model(name) => {
                 details.set_resource_info("model", name, "", message.clone());
             }
@@ -261,7 +296,8 @@ mod tests {
 
     fn refusals() -> Vec<Case> {
         let unknown = Refusal::UnknownModel { wanted: "a".into(), served: "b".into() };
-        let pool = Refusal::Pool { field: "max_tokens".into(), problem: "much".into() };
+        let (field, problem) = ("max_tokens".into(), "much".into());
+        let pool = Refusal::Pool { field, problem, wanted: 33, capacity: 32 };
         let over_context = SubmitError::OverContext { wanted: 9, context_len: 8 };
         let never_fits = SubmitError::NeverFits { wanted: 9, capacity: 8 };
         vec![
@@ -281,7 +317,14 @@ mod tests {
                 Some("prompt"),
                 None,
             ),
-            (pool.into(), Code::ResourceExhausted, "OVER_KV_POOL", None, Some("max_tokens"), None),
+            (
+                pool.into(),
+                Code::ResourceExhausted,
+                "OVER_KV_POOL",
+                None,
+                Some("max_tokens"),
+                Some(32),
+            ),
             (unknown.into(), Code::NotFound, "UNKNOWN_MODEL", None, None, None),
             (
                 SubmitError::Invalid("x").into(),
@@ -298,7 +341,7 @@ mod tests {
                 "OVER_KV_POOL",
                 None,
                 Some("max_tokens"),
-                None,
+                Some(8),
             ),
         ]
     }
@@ -306,10 +349,14 @@ mod tests {
     fn exhausted() -> Vec<Case> {
         let code = Code::ResourceExhausted;
         let queue = SubmitError::QueueFull { limit: 7, retry_after: Micros(1_000_000) };
+        let soon = SubmitError::QueueFull { limit: 7, retry_after: Micros(37_400) };
         let requests = SubmitError::TooManyRequests { limit: 8 };
+        let places = CallError::OverPlaces { wanted: 16, limit: 3 };
         let large = CallError::MessageTooLarge { size: "9 bytes".into(), limit: 8 };
         vec![
             (queue.into(), code, "QUEUE_FULL", Some(1000), None, Some(7)),
+            (soon.into(), code, "QUEUE_FULL", Some(38), None, Some(7)),
+            (places, code, "OVER_PLACES", None, Some("n"), Some(3)),
             (requests.into(), code, "TOO_MANY_REQUESTS", Some(1000), None, Some(8)),
             (CallError::EdgeFull { limit: 9 }, code, "EDGE_FULL", Some(200), None, Some(9)),
             (
@@ -329,7 +376,9 @@ mod tests {
         let unknown = CallError::UnknownMethod { path: "/a".into(), known: "/b".into() };
         let choice = CallError::Fault(SequenceFault::Choice(ChoiceFault::AllMasked));
         let failed = CallError::Fault(SequenceFault::VerifierFailed);
+        let too_late = SubmitError::TooLate { left: Micros(7), needed: Micros(9) };
         vec![
+            (too_late.into(), Code::DeadlineExceeded, "DEADLINE_TOO_SHORT", None, None, None),
             (SubmitError::ShuttingDown.into(), away, "SHUTTING_DOWN", Some(1000), None, None),
             (CallError::ShuttingDown, away, "SHUTTING_DOWN", Some(1000), None, None),
             (CallError::Loading, away, "LOADING", Some(2000), None, None),

@@ -13,10 +13,11 @@ use slipstream_proto::v1;
 use slipstream_proto::v1::generate_request::Prompt;
 use slipstream_proto::v1::speculation::Mode;
 
-use crate::engine::request::{PrefixReuse, Priority, Request, Speculation, TenantId};
+use crate::engine::request::{Request, Speculation, TenantId};
 use crate::grpc::limits;
 use crate::grpc::refusal::Refusal;
 use crate::grpc::served::ServedModel;
+use crate::grpc::sharing::{check_tenant, num_samples, prefix_reuse, priority};
 
 /// What the server contributes to a request: when it came and what stands in for absent fields.
 #[derive(Clone, Debug)]
@@ -25,6 +26,8 @@ pub(crate) struct Admission {
     pub(crate) arrival: Micros,
     /// When the client stops waiting.
     pub(crate) deadline: Option<Micros>,
+    /// Tenant of a request without one.
+    pub(crate) tenant: Option<String>,
     /// Seed of a request without one.
     pub(crate) drawn_seed: u64,
 }
@@ -32,8 +35,10 @@ pub(crate) struct Admission {
 /// A request that can be submitted, and what the edge has to remember about it.
 #[derive(Debug)]
 pub(crate) struct Validated {
-    /// For the engine.
+    /// For the engine: the first sample.
     pub(crate) request: Request,
+    /// How many samples there are, at least 1.
+    pub(crate) num_samples: u32,
     /// The stop strings as text, in the request's order.
     pub(crate) stop_strings: Vec<String>,
 }
@@ -48,6 +53,13 @@ pub(crate) fn validate(
     admission: Admission,
 ) -> Result<Validated, Refusal> {
     check_model("model", &wire.model, model)?;
+    let tenant = match check_tenant("tenant", &wire.tenant)? {
+        "" => TenantId::named(admission.tenant.as_deref().unwrap_or_default()),
+        name => TenantId::named(name),
+    };
+    let priority = priority(wire.priority)?;
+    let prefix_reuse = prefix_reuse(&wire)?;
+    let num_samples = num_samples(&wire)?;
     let mut params = sampling_params(&wire, model)?;
     params.seed = wire.seed.unwrap_or(admission.drawn_seed);
     let speculation = speculation(wire.speculation, model.draft_len_max)?;
@@ -67,12 +79,12 @@ pub(crate) fn validate(
         speculation,
         arrival: admission.arrival,
         deadline: admission.deadline,
-        tenant: TenantId::default(),
-        priority: Priority::Normal,
-        prefix_reuse: PrefixReuse::salted(""),
+        tenant,
+        priority,
+        prefix_reuse,
         sibling: None,
     };
-    Ok(Validated { request, stop_strings: wire.stop_strings })
+    Ok(Validated { request, num_samples, stop_strings: wire.stop_strings })
 }
 
 /// That this model is served, or whatever is.
@@ -196,8 +208,9 @@ pub(crate) fn token_ids(
     ids: &[u32],
     model: &ServedModel,
 ) -> Result<Vec<TokenId>, Refusal> {
-    if ids.len() > model.context_len {
-        let problem = over_limit(ids.len(), model.context_len, "tokens, more than the context");
+    if ids.len() > model.model_context_len {
+        let limit = model.model_context_len;
+        let problem = over_limit(ids.len(), limit, "tokens, more than the context");
         return Err(Refusal::range(field, problem));
     }
     let checked = ids.iter().enumerate();
@@ -334,32 +347,45 @@ fn fit_context(
     wanted: Option<usize>,
     model: &ServedModel,
 ) -> Result<usize, Refusal> {
-    let context_len = model.context_len;
-    let is_pool = context_len < model.model_context_len;
-    let what = if is_pool { "KV pool" } else { "context" };
-    let refusal = |field: &str, problem| match is_pool {
-        true => Refusal::Pool { field: field.to_owned(), problem },
-        false => Refusal::range(field, problem),
-    };
+    let context_len = model.model_context_len;
     let room = context_len.saturating_sub(prompt_len);
     if room == 0 {
         let problem = format!(
-            "the prompt has {prompt_len} tokens, the {what} of {context_len} has to hold it and \
+            "the prompt has {prompt_len} tokens, the context of {context_len} has to hold it and \
              one more"
         );
-        return Err(refusal("prompt", problem));
+        return Err(Refusal::range("prompt", problem));
     }
-    let model_room = model.model_context_len - prompt_len;
-    let max_tokens = wanted.unwrap_or(limits::MAX_TOKENS_DEFAULT.min(model_room));
+    let max_tokens = wanted.unwrap_or(limits::MAX_TOKENS_DEFAULT.min(room));
+    let default = if wanted.is_none() { " (the default)" } else { "" };
     if max_tokens > room {
-        let default = if wanted.is_none() { " (the default)" } else { "" };
         let problem = format!(
             "{max_tokens}{default} tokens after a prompt of {prompt_len} do not fit the \
-             {context_len} positions of the {what}; at most {room} do"
+             {context_len} positions of the context; at most {room} do"
         );
-        return Err(refusal("max_tokens", problem));
+        return Err(Refusal::range("max_tokens", problem));
     }
-    Ok(max_tokens)
+    let (wanted, capacity) = (prompt_len + max_tokens, model.context_len);
+    if wanted <= capacity {
+        return Ok(max_tokens);
+    }
+    let (field, problem) = match capacity.saturating_sub(prompt_len) {
+        0 => (
+            "prompt",
+            format!(
+                "the prompt has {prompt_len} tokens, the KV pool of {capacity} has to hold it and \
+                 one more"
+            ),
+        ),
+        room => (
+            "max_tokens",
+            format!(
+                "{max_tokens}{default} tokens after a prompt of {prompt_len} never fit the \
+                 {capacity} positions of the KV pool; at most {room} do"
+            ),
+        ),
+    };
+    Err(Refusal::Pool { field: field.to_owned(), problem, wanted, capacity })
 }
 
 fn check_lengths(max_tokens: usize, prefix_len: usize, min_tokens: usize) -> Result<(), Refusal> {

@@ -6,10 +6,6 @@ use slipstream_model::clock::Micros;
 
 use crate::metrics::Metrics;
 
-/// The engine is taken for hung when one step takes longer. The longest honest steps, a full batch
-/// of long prompts on a large model, take seconds; an orchestrator's restart costs more than that.
-const STEP_MAX: Duration = Duration::from_secs(60);
-
 /// Whether the process can still do its work.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Soundness {
@@ -20,15 +16,17 @@ pub(super) enum Soundness {
 }
 
 impl Soundness {
-    pub(super) fn of(metrics: &Metrics) -> Self {
+    /// `step_limit` is what one step of the engine may take.
+    pub(super) fn of(metrics: &Metrics, step_limit: Duration) -> Self {
         if metrics.has_engine_ended() {
             return Self::Unsound("the engine has ended".to_owned());
         }
         let Micros(age) = metrics.step_age();
-        if u128::from(age) > STEP_MAX.as_micros() {
-            let (seconds, limit) = (age / 1_000_000, STEP_MAX.as_secs());
+        if u128::from(age) > step_limit.as_micros() {
+            let seconds = age as f64 / 1e6;
             let reason = format!(
-                "the engine has been inside one step for {seconds} s, the limit is {limit} s"
+                "the engine has been inside one step for {seconds:.1} s, the limit is \
+                 {step_limit:?} (--step-limit)"
             );
             return Self::Unsound(reason);
         }

@@ -4,6 +4,7 @@
 mod health;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Request, State};
@@ -44,6 +45,8 @@ HTTP   /health        whether the process is sound
 pub(crate) struct HttpParts {
     /// Everything that is counted, the stage included.
     pub(crate) metrics: Arc<Metrics>,
+    /// What one step of the engine may take.
+    pub(crate) step_limit: Duration,
 }
 
 /// The routes of plain HTTP. GET and HEAD only; queries are not looked at.
@@ -91,7 +94,7 @@ async fn count(State(parts): State<HttpParts>, request: Request, next: Next) -> 
 /// Liveness: in any stage, as long as the process is sound.
 async fn health(State(parts): State<HttpParts>) -> Response {
     let stage = parts.metrics.stage().name();
-    match Soundness::of(&parts.metrics) {
+    match Soundness::of(&parts.metrics, parts.step_limit) {
         Soundness::Sound => Json(json!({ "status": "ok", "stage": stage })).into_response(),
         Soundness::Unsound(reason) => {
             let body = json!({ "status": "unhealthy", "stage": stage, "reason": reason });
@@ -103,7 +106,7 @@ async fn health(State(parts): State<HttpParts>) -> Response {
 /// Readiness: requests sent now are taken. How the draft fares has no say in it.
 async fn ready(State(parts): State<HttpParts>) -> Response {
     let stage = parts.metrics.stage();
-    if stage == Stage::Serving && Soundness::of(&parts.metrics).is_sound() {
+    if stage == Stage::Serving && Soundness::of(&parts.metrics, parts.step_limit).is_sound() {
         return Json(json!({ "status": "ready", "stage": stage.name() })).into_response();
     }
     let body = Json(json!({ "status": "not ready", "stage": stage.name() }));
@@ -135,6 +138,7 @@ async fn de_facto_metrics(State(parts): State<HttpParts>) -> Response {
 mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Duration;
 
     use axum::body::Body;
     use axum::http::Request;
@@ -170,7 +174,8 @@ mod tests {
     }
 
     async fn get(metrics: &Arc<Metrics>, path: &str) -> (u16, Value) {
-        let parts = HttpParts { metrics: Arc::clone(metrics) };
+        let step_limit = Duration::from_secs(60);
+        let parts = HttpParts { metrics: Arc::clone(metrics), step_limit };
         let request = Request::get(path).body(Body::empty()).unwrap();
         let response = routes(parts).oneshot(request).await.unwrap();
         let status = response.status().as_u16();
@@ -191,7 +196,7 @@ mod tests {
         let (status, body) = get(&metrics, "/health").await;
         assert_eq!((status, &body["status"]), (503, &"unhealthy".into()));
         let reason = body["reason"].as_str().unwrap();
-        assert!(reason.contains("61 s") && reason.contains("60 s"), "{reason}");
+        assert!(reason.contains("61.5 s") && reason.contains("60s"), "{reason}");
         assert_eq!(get(&metrics, "/ready").await.0, 503);
         recorder.step_begins(); // so the one before has ended
         assert_eq!(get(&metrics, "/health").await.0, 200);

@@ -14,6 +14,11 @@ pub(crate) const TOKEN_SECONDS: &[f64] = &[
     0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15,
     0.2, 0.3, 0.5, 1.0, 2.0,
 ];
+/// A step, in seconds: from that of a tiny model to the limit beyond which it hangs.
+pub(crate) const STEP_SECONDS: &[f64] = &[
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5,
+    1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+];
 /// A whole request or call, or its decoding, in seconds: from a refusal to the longest completion
 /// that anybody waits for.
 pub(crate) const REQUEST_SECONDS: &[f64] = &[

@@ -13,7 +13,7 @@ use slipstream_model::clock::{Clock, Micros};
 
 use super::buckets;
 use crate::engine::event::{Event, Finished};
-use crate::engine::{Engine, EngineSnapshot};
+use crate::engine::{Engine, EngineSnapshot, StepReport};
 
 /// No step is in progress.
 const NO_STEP: u64 = u64::MAX;
@@ -27,6 +27,8 @@ pub(crate) struct EngineMetrics {
     /// When the step in progress began, or [`NO_STEP`].
     step_began: AtomicU64,
     has_ended: AtomicBool,
+    /// How long steps took that computed rows.
+    pub(super) steps: Histogram,
     /// How long requests took.
     pub(super) spans: Spans,
 }
@@ -52,6 +54,7 @@ impl EngineMetrics {
             snapshot: Mutex::default(),
             step_began: AtomicU64::new(NO_STEP),
             has_ended: AtomicBool::new(false),
+            steps: buckets::histogram(buckets::STEP_SECONDS),
             spans: Spans {
                 first_token: buckets::histogram(buckets::FIRST_TOKEN_SECONDS),
                 between_events: buckets::histogram(buckets::TOKEN_SECONDS),
@@ -110,9 +113,13 @@ impl EngineRecorder {
     /// A step is over and its output is handed on: shows the engine as it is now. Returns false
     /// when a reader was just looking, and this picture was not shown.
     #[must_use]
-    pub(crate) fn step_ends(&self, engine: &Engine) -> bool {
-        self.shared.last_beat.store(self.shared.clock.now().0, Ordering::Relaxed);
-        self.shared.step_began.store(NO_STEP, Ordering::Relaxed);
+    pub(crate) fn step_ends(&self, engine: &Engine, report: StepReport) -> bool {
+        let now = self.shared.clock.now();
+        self.shared.last_beat.store(now.0, Ordering::Relaxed);
+        let began = self.shared.step_began.swap(NO_STEP, Ordering::Relaxed);
+        if report.num_rows > 0 && began != NO_STEP {
+            self.shared.steps.observe(seconds(now.since(Micros(began))));
+        }
         self.show(engine.snapshot())
     }
 

@@ -3,8 +3,8 @@
 
 use super::metric::{Metric, Unit};
 use super::values::{
-    build, connections_closed, count, finished_by, finished_reason, flag, kv_usage, model, only,
-    per_position, seconds, stages,
+    build, by_priority, connections_closed, count, finished_by, finished_reason, flag, kv_usage,
+    kv_used, model, only, per_position, seconds, stages,
 };
 
 /// Every metric, in the order of the page.
@@ -58,6 +58,38 @@ pub const METRICS: &[Metric] = &[
         |r| count(r.engine.num_waiting as u64),
     )
     .also("vllm:num_requests_waiting"),
+    Metric::gauge_by(
+        "slipstream_num_requests_waiting_by_priority",
+        Unit::Number("requests"),
+        "The same by the priority that they came with.",
+        &["priority"],
+        by_priority,
+    ),
+    Metric::gauge(
+        "slipstream_num_requests_paused",
+        Unit::Number("requests"),
+        "Running requests whose client is too far behind: they keep their blocks and \
+         compute nothing.",
+        |r| count(r.engine.num_paused as u64),
+    ),
+    Metric::counter(
+        "slipstream_request_pauses_total",
+        Unit::Number("pauses"),
+        "Times that a request paused because its client was too far behind.",
+        |r| count(r.engine.counters.pauses),
+    ),
+    Metric::counter(
+        "slipstream_requests_shed_total",
+        Unit::Number("requests"),
+        "Requests that the engine refused because its queue was full.",
+        |r| count(r.engine.counters.shed),
+    ),
+    Metric::counter(
+        "slipstream_requests_refused_late_total",
+        Unit::Number("requests"),
+        "Requests that the engine refused because their deadline could not be met.",
+        |r| count(r.engine.counters.refused_late),
+    ),
     // Tokens and steps.
     Metric::counter(
         "slipstream_prompt_tokens_total",
@@ -92,6 +124,12 @@ pub const METRICS: &[Metric] = &[
         "Rows (token positions) that the verifier computed.",
         |r| count(r.engine.counters.rows),
     ),
+    Metric::histogram(
+        "slipstream_step_time_seconds",
+        Unit::Seconds,
+        "Steps that computed rows, from their beginning until their output is handed on.",
+        |m| only(&m.engine.steps),
+    ),
     Metric::counter(
         "slipstream_num_preemptions_total",
         Unit::Number("preemptions"),
@@ -99,6 +137,12 @@ pub const METRICS: &[Metric] = &[
         |r| count(r.engine.counters.preemptions),
     )
     .also("vllm:num_preemptions_total"),
+    Metric::counter(
+        "slipstream_num_fair_preemptions_total",
+        Unit::Number("preemptions"),
+        "Of these, those that made room for a tenant with less than its share.",
+        |r| count(r.engine.counters.fair_preemptions),
+    ),
     Metric::counter(
         "slipstream_verifier_failures_total",
         Unit::Number("steps"),
@@ -109,20 +153,26 @@ pub const METRICS: &[Metric] = &[
     Metric::gauge(
         "slipstream_kv_blocks",
         Unit::Number("blocks"),
-        "KV blocks of the verifier's pool, 16 positions each.",
+        "KV blocks of the verifier's pool, 16 positions each: free, used or cached.",
         |r| count(r.engine.num_blocks as u64),
     ),
     Metric::gauge(
         "slipstream_kv_blocks_free",
         Unit::Number("blocks"),
-        "KV blocks that nobody holds.",
+        "KV blocks that hold nothing of use.",
         |r| count(r.engine.num_free_blocks as u64),
     ),
     Metric::gauge(
         "slipstream_kv_blocks_used",
         Unit::Number("blocks"),
         "KV blocks that requests hold.",
-        |r| count((r.engine.num_blocks - r.engine.num_free_blocks) as u64),
+        |r| count(kv_used(r) as u64),
+    ),
+    Metric::gauge(
+        "slipstream_kv_blocks_cached",
+        Unit::Number("blocks"),
+        "KV blocks that only the prefix cache keeps; given up when room is needed.",
+        |r| count(r.engine.num_cached_blocks as u64),
     ),
     Metric::gauge(
         "slipstream_kv_cache_usage_perc",
@@ -131,6 +181,32 @@ pub const METRICS: &[Metric] = &[
         kv_usage,
     )
     .also("vllm:kv_cache_usage_perc"),
+    Metric::counter(
+        "slipstream_kv_blocks_evicted_total",
+        Unit::Number("blocks"),
+        "Cached blocks given up because their room was needed.",
+        |r| count(r.engine.counters.evicted_blocks),
+    ),
+    Metric::counter(
+        "slipstream_kv_blocks_copied_total",
+        Unit::Number("blocks"),
+        "Shared blocks copied because a request went on behind them.",
+        |r| count(r.engine.counters.copied_blocks),
+    ),
+    Metric::counter(
+        "slipstream_prefix_cache_queries_total",
+        Unit::Number("tokens"),
+        "Known tokens of requests that started with the prefix cache allowed.",
+        |r| count(r.engine.counters.looked_up),
+    )
+    .also("vllm:prefix_cache_queries_total"),
+    Metric::counter(
+        "slipstream_prefix_cache_hits_total",
+        Unit::Number("tokens"),
+        "Of these, tokens whose KV was there and was not computed again.",
+        |r| count(r.engine.counters.cached),
+    )
+    .also("vllm:prefix_cache_hits_total"),
     // Speculation.
     Metric::counter(
         "slipstream_spec_decode_num_drafts_total",

@@ -16,7 +16,7 @@ Made from `server/src/metrics/names.rs`; a test compares.
 - `/metrics/vllm`: what has a second name below, under that name, so that dashboards made for other
   servers work; `vllm:` metrics carry the label `model_name`. Empty until the model is loaded.
 - `/health`: 200 while the process is sound, whatever its stage; 503 when the engine has been inside
-  one step for more than 60 seconds or has ended.
+  one step for longer than `--step-limit` or has ended. After twice the limit the server ends.
 - `/ready`: 200 while requests are taken; 503 while loading, draining or unsound. A slow, failing or
   quarantined draft changes neither.
 - `/version`: version, numerics version, instruction set, model and fingerprint.

@@ -7,6 +7,7 @@ use slipstream_model::kernels::{Isa, NUMERICS_VERSION};
 
 use super::metric::{Observed, Sample};
 use super::reading::Reading;
+use crate::engine::request::Priority;
 use crate::engine::{FinishedBy, POSITIONS_MAX};
 use crate::net::stats::{CloseReason, NetStats};
 use crate::stage::Stage;
@@ -28,9 +29,18 @@ pub(super) fn only(histogram: &Histogram) -> Vec<Observed<'_>> {
     vec![(Vec::new(), histogram)]
 }
 
+/// Blocks that requests hold: neither free nor kept by the prefix cache alone.
+pub(super) fn kv_used(r: &Reading<'_>) -> usize {
+    r.engine.num_blocks - r.engine.num_free_blocks - r.engine.num_cached_blocks
+}
+
 pub(super) fn kv_usage(r: &Reading<'_>) -> Option<f64> {
-    let used = r.engine.num_blocks - r.engine.num_free_blocks;
-    Some(used as f64 / r.engine.num_blocks.max(1) as f64)
+    Some(kv_used(r) as f64 / r.engine.num_blocks.max(1) as f64)
+}
+
+pub(super) fn by_priority(r: &Reading<'_>) -> Vec<Sample> {
+    let waiting = Priority::ALL.iter().zip(r.engine.waiting_by_priority);
+    waiting.map(|(priority, num)| named(priority.name(), num as u64)).collect()
 }
 
 fn named(name: &str, value: u64) -> Sample {
@@ -76,7 +86,7 @@ pub(super) fn connections_closed(stats: &NetStats) -> Vec<Sample> {
 }
 
 pub(super) fn stages(r: &Reading<'_>) -> Vec<Sample> {
-    let all = [Stage::Loading, Stage::Serving, Stage::Draining];
+    let all = [Stage::Loading, Stage::Serving, Stage::Stuck, Stage::Draining];
     all.map(|stage| named(stage.name(), u64::from(r.stage == stage))).to_vec()
 }
 

@@ -3,8 +3,8 @@
 //! [`StepPlan`], changes nothing else.
 //!
 //! The order of claims: one row for everybody whose output runs (`rows.rs`); prompts in fair order,
-//! running and waiting ones alike, within the time that a step may take (`prompts.rs`); proposals in
-//! what was set aside for them. Who gives way when blocks or seats run out is in `room.rs`.
+//! running and waiting ones alike, within the time that a step may take (`prompts.rs`); proposals
+//! in what was set aside for them. Who gives way when blocks or seats run out is in `room.rs`.
 
 mod candidate;
 mod prompts;

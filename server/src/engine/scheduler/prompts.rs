@@ -1,6 +1,6 @@
 //! Owns the rows of sequences that still lack several known tokens, and the start of those that
-//! wait: one line, in the order of class, then of what the tenant was served, then of age. The first
-//! that waits and cannot start stops the line of those that wait.
+//! wait: one line, in the order of class, then of what the tenant was served, then of age. The
+//! first that waits and cannot start stops the line of those that wait.
 
 use slipstream_model::block_manager::BlockManager;
 use slipstream_model::clock::Micros;
@@ -118,11 +118,13 @@ impl Planner<'_> {
         let final_len =
             if is_pinned { sequence.request.max_len() } else { sequence.tokens.len() + 1 };
         let lacks = |planner: &Self| {
+            if planner.num_running() >= planner.around.config.max_running {
+                return true;
+            }
             let beginning = planner.beginning(sequence);
             let wanted = BlockManager::blocks_for(final_len) + beginning.num_copies;
             let needed = wanted.saturating_sub(beginning.num_taken) + beginning.num_idle;
-            let has_seat = planner.num_running() < planner.around.config.max_running;
-            !has_seat || needed + planner.room.outstanding > planner.room.available
+            needed + planner.room.outstanding > planner.room.available
         };
         if lacks(self) && !self.preempt_fairly(&waiting, lacks) {
             return false;
@@ -202,7 +204,8 @@ impl Planner<'_> {
     }
 
     /// What a waiting sequence would find computed: the longer of what its sibling has and what the
-    /// prefix cache keeps. The last known token is always left to compute: its row gives the logits.
+    /// prefix cache keeps. The last known token is always left to compute: its row gives the
+    /// logits.
     fn beginning(&self, sequence: &Sequence) -> Beginning {
         let useful = (sequence.tokens.len() - 1) / BLOCK_LEN;
         let mut num_cached = 0;

@@ -126,12 +126,14 @@ impl Planner<'_> {
             let has_a_right = own_seats < fair_seats;
             let victims = (0..self.running.len()).filter(|&index| {
                 let candidate = &self.running[index];
+                if !may_go(candidate) {
+                    return false;
+                }
                 let is_lower = candidate.priority > priority;
-                let is_over = candidate.priority == priority
-                    && candidate.tenant != waiting.tenant
-                    && has_a_right
-                    && self.num_seats(candidate.tenant) > fair_seats;
-                may_go(candidate) && (candidate.is_paused || is_lower || is_over)
+                let is_other = candidate.priority == priority && candidate.tenant != waiting.tenant;
+                candidate.is_paused
+                    || is_lower
+                    || (is_other && has_a_right && self.num_seats(candidate.tenant) > fair_seats)
             });
             let key = |&index: &usize| -> (bool, Priority, u64, SequenceId) {
                 let candidate = &self.running[index];
