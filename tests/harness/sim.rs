@@ -101,6 +101,12 @@ impl World {
         world
     }
 
+    /// What the seed decided before anything happened.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        format!("{:?}", self.climate)
+    }
+
     /// Lives the world to its end.
     ///
     /// # Errors
