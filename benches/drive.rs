@@ -115,7 +115,7 @@ impl Driver {
             deadline: None,
             tenant: TenantId::default(),
             priority: Priority::Normal,
-            prefix_reuse: PrefixReuse::salted(""),
+            prefix_reuse: PrefixReuse::Off,
             sibling: None,
         }
     }
