@@ -378,7 +378,8 @@ fn main() -> anyhow::Result<()> {
         out,
         "{}\n{model}, server and clients in one process; Poisson arrivals, {} s per phase, seed \
          {}; prompts and outputs log-normal with medians {} and {}, at most {} tokens\n\
-         TTFT and TPOT over requests that ended well, from the intended arrival; goodput in tokens/s",
+         TTFT and TPOT over requests that ended well, from the intended arrival; goodput in \
+         tokens/s",
         machine::describe(),
         args.seconds,
         args.seed,
