@@ -1,6 +1,7 @@
-//! Proves what becomes of completions whose clients take nothing: they are ended at the stall limit
-//! with everything given back, and can go on; those that are over give their place back at once;
-//! and whoever merely waits for the server is left alone.
+//! Proves what becomes of completions whose clients take nothing: they pause when too much is
+//! unread, while others go on as if they were alone; they are ended at the stall limit with
+//! everything given back, and can go on; those that are over give their place back at once; and
+//! whoever merely waits for the server is left alone.
 
 use std::time::{Duration, Instant};
 
@@ -11,12 +12,16 @@ use slipstream_tests::client::{
     PATIENCE, block_on, client, config, greedy, narrow_client, read_on, sampled, stream,
     until_taken, url,
 };
+use slipstream_tests::exposition::Page;
+use slipstream_tests::plain_http::get;
 use slipstream_tests::raw_call::reason;
-use tonic::Code;
+use tonic::{Code, Request};
 
 const PROMPT: &str = "use std::collections::HashMap;\n";
 /// Output that fills the micro verifier's context of 1024 after `PROMPT`.
 const LONG: i32 = 1000;
+/// Output that is computed in full for somebody who reads nothing.
+const SHORT: i32 = 400;
 
 /// Places for `num` requests in all, blocks for one full context.
 fn settings(num: usize, stall_limit: Duration) -> Config {
@@ -77,11 +82,83 @@ fn a_completion_that_is_over_gives_its_place_back_unread() {
         let never = Duration::from_secs(3600);
         let server = LocalServer::start(settings(1, never)).await.unwrap();
         let (slow, other) = (narrow_client(&url(&server)).await, client(&server));
-        let mut events = slow.clone().generate(wide(1)).await.unwrap().into_inner();
+        let short = v1::GenerateRequest { max_tokens: Some(SHORT), ..wide(1) };
+        let mut events = slow.clone().generate(short.clone()).await.unwrap().into_inner();
         until_taken(&other, &greedy(PROMPT, 4)).await;
         let (received, status) = read_on(&mut events, Vec::new()).await;
         assert!(status.is_none(), "{status:?}");
-        assert_eq!(received, stream(&other, wide(1)).await.unwrap().ids());
+        assert_eq!(received, stream(&other, short).await.unwrap().ids());
+        server.stop().await.unwrap();
+    });
+}
+
+/// Requests that have ended, and output tokens committed.
+async fn ended_and_committed(server: &LocalServer) -> (f64, f64) {
+    let page = Page::parse(&get(server.address(), "/metrics").await.body).unwrap();
+    let ended = page.families["slipstream_requests_finished_total"].samples.iter();
+    let ended = ended.map(|sample| sample.value).sum();
+    (ended, page.number("slipstream_committed_tokens_total"))
+}
+
+#[test]
+fn who_is_behind_pauses_and_nobody_else() {
+    block_on(async {
+        let mut settings = config(|_| {});
+        settings.edge.stall_limit = Duration::from_secs(3600);
+        let server = LocalServer::start(settings).await.unwrap();
+        let (slow, other) = (narrow_client(&url(&server)).await, client(&server));
+        let whole = stream(&other, wide(1)).await.unwrap().ids();
+        let mut alone = Vec::new();
+        for seed in 2..6 {
+            alone.push(stream(&other, sampled(PROMPT, LONG, seed)).await.unwrap());
+        }
+        let before = ended_and_committed(&server).await;
+        let mut events = slow.clone().generate(wide(1)).await.unwrap().into_inner();
+        // Four times the work of the one that is not read.
+        for (seed, alone) in (2..6).zip(&alone) {
+            let answer = stream(&other, sampled(PROMPT, LONG, seed)).await.unwrap();
+            assert_eq!(answer.bytes(), alone.bytes());
+        }
+        let after = ended_and_committed(&server).await;
+        assert_eq!(after.0 - before.0, 4.0, "the one that is not read goes on");
+        let num_ahead = after.1 - before.1 - 4.0 * f64::from(LONG);
+        assert!(num_ahead >= 512.0 && num_ahead < 900.0, "{num_ahead} tokens ahead");
+        let (received, status) = read_on(&mut events, Vec::new()).await;
+        assert!(status.is_none(), "{status:?}");
+        assert_eq!(received, whole, "a pause changes nothing");
+        server.stop().await.unwrap();
+    });
+}
+
+#[test]
+fn a_deadline_passes_in_a_pause_too_and_leaves_what_was_certain() {
+    block_on(async {
+        let mut settings = config(|_| {});
+        settings.edge.stall_limit = Duration::from_secs(3600);
+        let server = LocalServer::start(settings).await.unwrap();
+        let (slow, other) = (narrow_client(&url(&server)).await, client(&server));
+        let whole = stream(&other, wide(1)).await.unwrap().ids();
+        let before = ended_and_committed(&server).await;
+        let mut call = Request::new(wide(1));
+        call.metadata_mut().insert("grpc-timeout", "1S".parse().unwrap());
+        let mut events = slow.clone().generate(call).await.unwrap().into_inner();
+        let begun = Instant::now();
+        let after = loop {
+            let after = ended_and_committed(&server).await;
+            if after.0 > before.0 {
+                break after;
+            }
+            assert!(begun.elapsed() < PATIENCE, "its deadline never passes");
+            tokio::time::sleep(Duration::from_millis(5)).await; // leaves the machine to the engine
+        };
+        let (received, status) = read_on(&mut events, Vec::new()).await;
+        let status = status.expect("its deadline has passed");
+        assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+        assert_eq!(received.len() as f64, after.1 - before.1, "every certain token came");
+        assert!(received.len() >= 512 && whole.starts_with(&received));
+        let resumed = v1::GenerateRequest { output_prefix: received.clone(), ..wide(1) };
+        let rest = stream(&other, resumed).await.unwrap().ids();
+        assert_eq!([received, rest].concat(), whole);
         server.stop().await.unwrap();
     });
 }

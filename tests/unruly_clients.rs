@@ -1,9 +1,10 @@
 //! Proves that clients who do not behave cost the server nothing in the end: half of them die at a
 //! random moment, others do not read, fall silent without closing, or give up after 20 ms. Every
 //! request, KV block and call is released while the silent ones are still connected, clients who
-//! behave get their bytes undisturbed, and the log stays short.
+//! behave get their bytes undisturbed, and the log stays short. They are of several tenants and
+//! classes, and one in four asks for several samples.
 //!
-//! `SLIPSTREAM_UNRULY_CLIENTS=1000` runs the long form, `SLIPSTREAM_UNRULY_SEED` another storm.
+//! `SLIPSTREAM_UNRULY_CLIENTS=10000` runs the long form, `SLIPSTREAM_UNRULY_SEED` another storm.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -26,8 +27,8 @@ use tonic::{Code, Request, Streaming};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_slipstream-under-test");
 const PROMPT: &str = "use std::collections::HashMap;\n";
-/// Output that fills the micro verifier's context of 1024 after `PROMPT`.
-const LONG: i32 = 1000;
+/// Output that nearly fills the micro verifier's context of 1024 behind a prompt.
+const LONG: i32 = 980;
 /// Places for everybody, so that every client's request is really taken.
 const PLACES: [&str; 4] = ["--max-running", "64", "--max-waiting", "20000"];
 /// Short enough to see them work; long enough for clients who behave on a busy machine.
@@ -107,9 +108,20 @@ fn crowd(rng: &mut Rng, num: usize) -> Vec<Manner> {
     crowd
 }
 
-/// A request for as much output as there can be, in the most bytes.
-fn long() -> v1::GenerateRequest {
-    v1::GenerateRequest { logprobs: true, token_bytes: true, ..greedy(PROMPT, LONG) }
+/// A request for as much output as there can be, in the most bytes. Whose it is, what it shares and
+/// how many samples it wants is chance.
+fn long(rng: &mut Rng) -> v1::GenerateRequest {
+    let classes = [v1::Priority::Interactive, v1::Priority::Normal, v1::Priority::Batch];
+    let prompt = format!("{PROMPT}// {}\n", rng.below(5));
+    v1::GenerateRequest {
+        logprobs: true,
+        token_bytes: true,
+        n: rng.one_in(4).then(|| 2 + rng.below(3) as i32),
+        tenant: ["", "a", "b"][rng.below(3)].to_owned(),
+        priority: (*rng.pick(&classes)).into(),
+        no_prefix_reuse: rng.one_in(4),
+        ..greedy(&prompt, LONG)
+    }
 }
 
 fn well_behaved(index: usize) -> v1::GenerateRequest {
@@ -177,12 +189,12 @@ impl Stage {
             Manner::DiesWaiting => self.die_waiting(&mut rng).await,
             Manner::DiesReading => {
                 let mut client = self.shared[rng.below(self.shared.len())].clone();
-                let mut events = client.generate(long()).await.unwrap().into_inner();
+                let mut events = client.generate(long(&mut rng)).await.unwrap().into_inner();
                 read(&mut events, rng.below(12)).await.unwrap();
             }
             Manner::DiesSpeaking => {
                 let mut client = connect(self.resetting.address(), None).await;
-                let outcome = match client.generate(long()).await {
+                let outcome = match client.generate(long(&mut rng)).await {
                     Ok(events) => read(&mut events.into_inner(), usize::MAX).await,
                     Err(status) => Err(status),
                 };
@@ -190,20 +202,20 @@ impl Stage {
             }
             Manner::NeverReads => {
                 let mut client = connect(self.server, Some(NARROW_WINDOW_BYTES)).await;
-                let events = client.generate(long()).await.unwrap().into_inner();
+                let events = client.generate(long(&mut rng)).await.unwrap().into_inner();
                 return Remains::Unread(Box::new(events));
             }
             Manner::FallsSilent => {
                 let mut client = connect(self.silencing.address(), None).await;
                 // It stays, and so does its connection, until the end of the test.
                 tokio::spawn(async move {
-                    if let Ok(events) = client.generate(long()).await {
+                    if let Ok(events) = client.generate(long(&mut rng)).await {
                         // Never ends while the proxy holds the connection.
                         let _ = read(&mut events.into_inner(), usize::MAX).await;
                     }
                 });
             }
-            Manner::Hurries => self.hurry().await,
+            Manner::Hurries => self.hurry(&mut rng).await,
             Manner::ReadsSlowly | Manner::Behaves => unreachable!("they have scenes of their own"),
         }
         Remains::Nothing
@@ -211,12 +223,12 @@ impl Stage {
 
     async fn die_waiting(&self, rng: &mut Rng) {
         let mut client = connect(self.server, None).await;
-        let is_unary = rng.one_in(2);
+        let (is_unary, request) = (rng.one_in(2), long(rng));
         let call = tokio::spawn(async move {
             if is_unary {
-                drop(client.complete(long()).await);
+                drop(client.complete(request).await);
             } else {
-                drop(client.generate(long()).await);
+                drop(client.generate(request).await);
             }
         });
         for _ in 0..rng.below(20) {
@@ -226,8 +238,8 @@ impl Stage {
     }
 
     /// Only the server keeps this deadline: the client's own timer is not set.
-    async fn hurry(&self) {
-        let mut request = Request::new(long());
+    async fn hurry(&self, rng: &mut Rng) {
+        let mut request = Request::new(long(rng));
         request.metadata_mut().insert("grpc-timeout", "20m".parse().unwrap());
         let mut client = connect(self.server, None).await;
         let outcome = match client.generate(request).await {
@@ -241,10 +253,10 @@ impl Stage {
     }
 
     /// Takes one event at a time until all is over: slow, but never still for the stall limit.
-    async fn read_slowly(&self) {
+    async fn read_slowly(&self, mut rng: Rng) {
         let mut is_over = self.is_over.subscribe();
         let mut client = connect(self.server, Some(NARROW_WINDOW_BYTES)).await;
-        let mut events = client.generate(long()).await.unwrap().into_inner();
+        let mut events = client.generate(long(&mut rng)).await.unwrap().into_inner();
         let mut ticks = interval(SLOW_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while !*is_over.borrow_and_update() {
@@ -294,7 +306,9 @@ async fn until_balanced(server: std::net::SocketAddr) -> f64 {
             let submitted = get("slipstream_requests_submitted_total");
             let is_balanced = submitted == get("slipstream_requests_finished_total")
                 && submitted == get("slipstream_requests_released_total")
-                && get("slipstream_kv_blocks_free") == get("slipstream_kv_blocks")
+                && get("slipstream_kv_blocks_used") == 0.0
+                && get("slipstream_kv_blocks_free") + get("slipstream_kv_blocks_cached")
+                    == get("slipstream_kv_blocks")
                 && get("slipstream_requests_live") == 0.0
                 && get("slipstream_grpc_calls_in_progress") == 0.0;
             if is_balanced {
@@ -338,7 +352,7 @@ async fn storm(server: std::net::SocketAddr, seed: u64, num: usize) -> f64 {
     for (index, manner) in crowd.into_iter().enumerate() {
         let (stage, rng) = (Arc::clone(&stage), rng.fork(index as u64));
         match manner {
-            Manner::ReadsSlowly => drop(slow.spawn(async move { stage.read_slowly().await })),
+            Manner::ReadsSlowly => drop(slow.spawn(async move { stage.read_slowly(rng).await })),
             Manner::Behaves => {
                 let (number, expected) = (num_behaving, Arc::clone(&expected));
                 num_behaving += 1;
@@ -359,9 +373,9 @@ async fn storm(server: std::net::SocketAddr, seed: u64, num: usize) -> f64 {
     while let Some(end) = timeout(PATIENCE, slow.join_next()).await.unwrap() {
         end.unwrap();
     }
-    // Silent peers still hold their connections and unread streams are still unread: the server let
     // Silent peers still hold their connections and unread streams are still unread: the server
     // let go of them. The stall limit freed their requests, then the connection layer reset the
+    // streams.
     let num_taken = until_balanced(server).await;
     for remain in remains {
         if let Remains::Unread(mut events) = remain {

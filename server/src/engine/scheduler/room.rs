@@ -107,12 +107,14 @@ impl Planner<'_> {
                 }
             }
         }
-        self.is_tight = self.settle(self.room.available >= needed, 0);
-        self.is_tight
+        let is_enough = self.settle(self.room.available >= needed, 0);
+        self.is_tight |= is_enough;
+        is_enough
     }
 
     /// Makes room for a waiting sequence at the cost of those whose readers are behind, of lower
-    /// classes, and of tenants with more than their share of the seats. `lacks` says whether something is still missing.
+    /// classes, and of tenants with more than their share of the seats. `lacks` says whether
+    /// something is still missing.
     pub(super) fn preempt_fairly(
         &mut self,
         waiting: &Waiting,
