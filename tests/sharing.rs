@@ -1,159 +1,172 @@
-//! Proves, over the wire, who shares the KV of equal prompts and who does not: tenants, salts and
-//! those who opt out; that gateways can name the tenant; and that no byte depends on any of it.
+//! Proves that what sequences share and what the scheduler takes from them changes no byte: prompts
+//! with common beginnings, groups of samples, tiny pools and chunks, each shown to have happened.
 
-use slipstream_proto::v1;
-use slipstream_proto::v1::generate_request::Prompt;
-use slipstream_tests::client::{
-    Answer, Client, block_on, client, sampled, start, stream, stream_samples,
-};
-use tonic::metadata::MetadataValue;
-use tonic::{Code, Request, Status};
-use tonic_types::StatusExt;
+use slipstream_model::clock::Micros;
+use slipstream_model::forward::ForwardLimits;
+use slipstream_model::ids::{SequenceId, TokenId};
+use slipstream_server::engine::request::{PrefixReuse, Request, Speculation, TenantId};
+use slipstream_server::engine::{Counters, Engine, EngineConfig, Phase};
+use slipstream_tests::drive::{Case, DraftKind, assert_expected, drive_with, hash_engine};
+use slipstream_tests::hash_lm::HashLmConfig;
+use slipstream_tests::pieces::pieces;
+use slipstream_tests::proposers::Behaviour;
+use slipstream_tests::random::Rng;
+use slipstream_tests::requests::{plain_request, random_params, random_tokens};
+use slipstream_tests::timing::{report, timed};
 
-const BLOCK_LEN: u32 = 16;
+const VOCAB_SIZE: usize = 32;
+const NUM_REQUESTS: usize = 10;
+/// Longest prompt and output together.
+const LEN_MAX: usize = 96;
 
-/// A prompt of many blocks that nobody else asks with.
-fn prompt(name: &str) -> String {
-    let lines = (0..12).map(|line| format!("let {name}_{line} = {name}.get({line});\n"));
-    lines.collect()
+/// What a grid of runs went through.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    runs: u64,
+    preemptions: u64,
+    cached: u64,
+    copied: u64,
+    evicted: u64,
+    /// Steps that left somebody in the middle of a prompt.
+    in_prompt: u64,
+    proposed: u64,
 }
 
-fn of(tenant: &str, name: &str) -> v1::GenerateRequest {
-    let tenant = tenant.to_owned();
-    v1::GenerateRequest { tenant, ..sampled(&prompt(name), 24, 3) }
-}
-
-/// All full blocks but what has to be computed for the first token.
-fn shareable(answer: &Answer) -> u32 {
-    (answer.started.prompt_tokens - 1) / BLOCK_LEN * BLOCK_LEN
-}
-
-/// Asks, and says how many tokens of the prompt were there already. The output is always the same.
-async fn cached(client: &Client, request: v1::GenerateRequest, cold: &Answer) -> u32 {
-    let answer = stream(client, request).await.unwrap();
-    assert_eq!(answer.bytes(), cold.bytes());
-    answer.cached_len()
-}
-
-#[test]
-fn one_tenant_shares_with_itself_and_with_nobody_else() {
-    block_on(async {
-        let server = start(|_| {}).await;
-        let client = client(&server);
-        let cold = stream(&client, of("a", "left")).await.unwrap();
-        let all = shareable(&cold);
-        assert!(all >= 4 * BLOCK_LEN, "the prompt is short");
-        assert_eq!(cold.cached_len(), 0);
-        assert_eq!(cached(&client, of("a", "left"), &cold).await, all);
-        for other in ["b", "A", "aa", ""] {
-            assert_eq!(cached(&client, of(other, "left"), &cold).await, 0, "{other:?}");
-            assert_eq!(cached(&client, of(other, "left"), &cold).await, all, "{other:?}");
-        }
-        assert_eq!(cached(&client, of("a", "left"), &cold).await, all);
-        // Another beginning shares nothing, a longer prompt all of the shorter.
-        let other = stream(&client, of("a", "right")).await.unwrap();
-        assert_eq!(other.cached_len(), 0);
-        let longer = prompt("left") + "let more = ";
-        let longer = v1::GenerateRequest { prompt: Some(Prompt::Text(longer)), ..of("a", "left") };
-        assert!(stream(&client, longer).await.unwrap().cached_len() >= all - BLOCK_LEN);
-        server.stop().await.unwrap();
-    });
-}
-
-#[test]
-fn salts_and_those_who_opt_out_are_apart() {
-    block_on(async {
-        let server = start(|_| {}).await;
-        let client = client(&server);
-        let salted =
-            |salt: &str| v1::GenerateRequest { cache_salt: salt.to_owned(), ..of("a", "left") };
-        let off = v1::GenerateRequest { no_prefix_reuse: true, ..of("a", "left") };
-        // Who opts out leaves nothing ...
-        let cold = stream(&client, off.clone()).await.unwrap();
-        let all = shareable(&cold);
-        assert_eq!(cached(&client, off.clone(), &cold).await, 0);
-        assert_eq!(cached(&client, of("a", "left"), &cold).await, 0);
-        assert_eq!(cached(&client, of("a", "left"), &cold).await, all);
-        // ... and uses nothing.
-        assert_eq!(cached(&client, off, &cold).await, 0);
-        for salt in ["s", "S", "\u{e9}"] {
-            assert_eq!(cached(&client, salted(salt), &cold).await, 0, "{salt:?}");
-            assert_eq!(cached(&client, salted(salt), &cold).await, all, "{salt:?}");
-        }
-        assert_eq!(cached(&client, salted(""), &cold).await, all, "no salt");
-        server.stop().await.unwrap();
-    });
-}
-
-#[test]
-fn a_conversation_finds_its_earlier_answers() {
-    block_on(async {
-        let server = start(|_| {}).await;
-        let client = client(&server);
-        let mut ids: Vec<u32> = (0..100).map(|index| index % 90 + 300).collect();
-        let mut known_len = 0;
-        for turn in 0..4 {
-            let prompt = Some(Prompt::TokenIds(v1::TokenIds { ids: ids.clone() }));
-            let request = v1::GenerateRequest { prompt, ..sampled("", 40, turn) };
-            let answer = stream(&client, request).await.unwrap();
-            assert_eq!(answer.cached_len(), known_len / BLOCK_LEN * BLOCK_LEN, "turn {turn}");
-            ids.extend(answer.ids());
-            // The last token of an answer is never computed.
-            known_len = ids.len() as u32 - 1;
-            ids.extend([7, 8, 9]);
-        }
-        server.stop().await.unwrap();
-    });
-}
-
-async fn with_header(
-    client: &Client,
-    names: &[&str],
-    request: v1::GenerateRequest,
-) -> Result<Answer, Status> {
-    let mut call = Request::new(request);
-    for name in names {
-        let value: MetadataValue<_> = name.parse().unwrap();
-        call.metadata_mut().append("x-tenant-id", value);
+impl Seen {
+    fn add(&mut self, counters: &Counters, in_prompt: u64) {
+        self.runs += 1;
+        self.preemptions += counters.preemptions;
+        self.cached += counters.cached;
+        self.copied += counters.copied_blocks;
+        self.evicted += counters.evicted_blocks;
+        self.in_prompt += in_prompt;
+        self.proposed += counters.proposed;
     }
-    Ok(stream_samples(client, call).await?.remove(0))
+}
+
+fn lm(num_blocks: usize) -> HashLmConfig {
+    let limits = ForwardLimits { vocab_size: VOCAB_SIZE, context_len: 128, num_blocks };
+    HashLmConfig::verifier(11, limits)
+}
+
+/// Requests of which most begin alike: two beginnings, two tenants that share nothing, one request
+/// that keeps to itself, and groups of samples.
+fn requests(seed: u64) -> Vec<Request> {
+    let mut rng = Rng::new(seed);
+    let beginnings = [33, 47].map(|len| random_tokens(&mut rng, VOCAB_SIZE, len));
+    let mut requests: Vec<Request> = Vec::new();
+    for index in 0..NUM_REQUESTS {
+        let is_sample = index % 5 > 2;
+        if is_sample {
+            let mut sample = requests[index - index % 5 + 2].clone();
+            sample.params.sample_index = u32::try_from(index).unwrap();
+            sample.sibling = Some(SequenceId((index - index % 5 + 3) as u64));
+            requests.push(sample);
+            continue;
+        }
+        let mut prompt = beginnings[rng.below(2)].clone();
+        let behind = rng.below(12);
+        prompt.extend(random_tokens(&mut rng, VOCAB_SIZE, behind));
+        let mut request = plain_request(prompt, rng.between(8, 36));
+        request.params = random_params(&mut rng, VOCAB_SIZE);
+        request.params.end_ids.clear();
+        request.tenant = TenantId((index % 3 / 2) as u128);
+        request.logprobs = index % 2 == 0;
+        request.speculation = Speculation::Fixed(rng.below(6));
+        if index == 6 {
+            request.prefix_reuse = PrefixReuse::Off;
+        }
+        requests.push(request);
+    }
+    requests
+}
+
+fn is_in_prompt(engine: &Engine) -> bool {
+    engine.sequences().any(|view| {
+        view.phase == Phase::Running
+            && view.computed_len > view.cached_len
+            && view.computed_len + 1 < view.prompt_len
+    })
 }
 
 #[test]
-fn gateways_name_the_tenant_of_messages_that_do_not() {
-    block_on(async {
-        let server = start(|_| {}).await;
-        let client = client(&server);
-        let cold = with_header(&client, &["a"], of("", "left")).await.unwrap();
-        let all = shareable(&cold);
-        assert_eq!(cached(&client, of("a", "left"), &cold).await, all, "they are one tenant");
-        assert_eq!(cached(&client, of("", "left"), &cold).await, 0, "nobody's");
-        let b = with_header(&client, &["a"], of("b", "left")).await.unwrap();
-        assert_eq!(b.cached_len(), 0, "the message goes before metadata");
-        let none = with_header(&client, &[""], of("", "left")).await.unwrap();
-        assert_eq!(none.cached_len(), all, "as if there were none");
-        server.stop().await.unwrap();
-    });
-}
-
-#[test]
-fn a_tenant_that_cannot_be_one_is_refused_wherever_it_stands() {
-    block_on(async {
-        let server = start(|_| {}).await;
-        let client = client(&server);
-        let longest = "t".repeat(64);
-        assert!(with_header(&client, &[&longest], of("", "left")).await.is_ok());
-        let too_long = "t".repeat(65);
-        for names in [&["a b"][..], &[&too_long], &["a", "a"], &["", "b"]] {
-            for in_message in ["", "fine"] {
-                let refused = with_header(&client, names, of(in_message, "left")).await;
-                let status = refused.expect_err("no tenant");
-                assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
-                let details = status.get_error_details();
-                let violation = &details.bad_request().unwrap().field_violations[0];
-                assert_eq!(violation.field, "x-tenant-id", "{status:?}");
+fn sharing_preemption_and_chunks_change_no_byte() {
+    timed("sharing", 10.0, || {
+        let pieces = pieces(VOCAB_SIZE);
+        let fewest = LEN_MAX.div_ceil(16);
+        let mut seen = Seen::default();
+        for seed in 0..12 {
+            let requests = requests(seed);
+            let case = |(request, owner): (&Request, u64)| {
+                Case::new(lm(fewest), &pieces, request.clone(), owner)
+            };
+            let cases: Vec<Case> = requests.iter().zip(1..).map(case).collect();
+            for num_blocks in [fewest, fewest + 3, 16, 64] {
+                for step_tokens_max in [5, 24, 256] {
+                    for kind in [
+                        DraftKind::None,
+                        DraftKind::Model(0.5),
+                        DraftKind::Scripted(Behaviour::RightThenWrong),
+                    ] {
+                        let config = EngineConfig {
+                            step_tokens_max,
+                            max_running: 6,
+                            preemptions_max: (seed % 4) as usize,
+                            propose_budget: Micros(1_000),
+                            prefix_reuse: seed % 6 != 5,
+                            ..EngineConfig::default()
+                        };
+                        let (mut engine, probe) =
+                            hash_engine(lm(num_blocks), config, &pieces, kind, &cases);
+                        let mut in_prompt = 0;
+                        let outcome = drive_with(&mut engine, &requests, 2, |engine, _| {
+                            in_prompt += u64::from(is_in_prompt(engine));
+                        });
+                        let context = (seed, num_blocks, step_tokens_max, kind);
+                        assert_expected(&outcome, &cases, &pieces, &context);
+                        let counts = probe.counts();
+                        let nonsense = counts.poisoned_reads + counts.shared_writes;
+                        assert_eq!(nonsense, 0, "{context:?}: {counts:?}");
+                        assert_eq!(counts.copied_blocks, outcome.counters.copied_blocks);
+                        assert_eq!(engine.blocks().num_available(), num_blocks, "{context:?}");
+                        seen.add(&outcome.counters, in_prompt);
+                    }
+                }
             }
         }
-        server.stop().await.unwrap();
+        report(&format!("  sharing: equal to the oracle's: {seen:?}"));
+        let Seen { preemptions, cached, copied, evicted, in_prompt, proposed, .. } = seen;
+        let all = [preemptions, cached, copied, evicted, in_prompt, proposed];
+        assert!(all.iter().all(|&times| times > 100), "{seen:?}");
     });
+}
+
+#[test]
+fn a_prompt_is_computed_once_for_all_its_samples() {
+    let pieces = pieces(VOCAB_SIZE);
+    let prompt: Vec<TokenId> = random_tokens(&mut Rng::new(5), VOCAB_SIZE, 41);
+    let requests: Vec<Request> = (0..4)
+        .map(|index| {
+            let mut request = plain_request(prompt.clone(), 12);
+            request.params.end_ids.clear();
+            request.params.temperature = 0.9;
+            request.params.sample_index = index;
+            request.sibling = (index > 0).then_some(SequenceId(1));
+            request
+        })
+        .collect();
+    let case =
+        |(request, owner): (&Request, u64)| Case::new(lm(16), &pieces, request.clone(), owner);
+    let cases: Vec<Case> = requests.iter().zip(1..).map(case).collect();
+    let config = EngineConfig { prefix_reuse: false, ..EngineConfig::default() };
+    let (mut engine, probe) = hash_engine(lm(16), config, &pieces, DraftKind::None, &cases);
+    let outcome = drive_with(&mut engine, &requests, 0, |_, _| {});
+    assert_expected(&outcome, &cases, &pieces, &"samples");
+    // The prompt once, its last token for each, and of every output all but the last token.
+    assert_eq!(probe.counts().rows, 40 + 4 + 4 * 11);
+    for collected in &outcome.collected[1..] {
+        assert_eq!(collected.finished.as_ref().unwrap().usage.cached_tokens, 40);
+    }
+    // The block in which they part was copied for all but one of them.
+    assert_eq!(outcome.counters.copied_blocks, 3);
 }

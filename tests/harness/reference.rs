@@ -97,7 +97,7 @@ pub fn decode(
             Ok(token) => token,
             Err(fault) => return run.finish(FinishReason::Fault(SequenceFault::Choice(fault))),
         };
-        let logprob = log_probability(logits, token);
+        let logprob = if request.logprobs { log_probability(logits, token) } else { f64::NAN };
         history.push(token);
         if let Some(reason) = run.push(token, logprob) {
             return run.finish(reason);

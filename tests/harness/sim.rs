@@ -97,6 +97,9 @@ impl World {
             clients: BTreeMap::new(),
             coverage: Coverage::new(),
         };
+        if world.rng.one_in(2) {
+            world.engine.rehearse().expect("nothing fails yet");
+        }
         world.swap_draft();
         world
     }
