@@ -18,9 +18,19 @@ deny:
 test:
     cargo test --release --workspace
 
-# long simulation; `just sim 100000`
-sim seeds="10000":
-    SLIPSTREAM_SIM_SEEDS={{seeds}} cargo test --release -p slipstream-tests simulation -- --nocapture
+# long simulation; `just sim 100000` or `just sim --seeds 100000`
+sim *seeds:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    words="{{seeds}}"
+    words="${words#--seeds}"
+    words="${words#=}"
+    words="${words// /}"
+    SLIPSTREAM_SIM_SEEDS="${words:-10000}" cargo test --release -p slipstream-tests simulation -- --nocapture
+
+# what the simulator catches: each planted bug, and the number of seeds it took
+planted:
+    tests/planted/run.sh
 
 # single stream, plain beside draft lengths 1 to 8
 bench:

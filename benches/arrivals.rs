@@ -10,6 +10,7 @@ use rand::{Rng, SeedableRng};
 use rand_distr::{Distribution, Exp, LogNormal};
 use slipstream_model::ids::TokenId;
 use slipstream_model::load::{LoadOptions, ModelSource, load};
+use slipstream_model::math::ln;
 
 /// Folders of this repository whose sources are the text.
 const FOLDERS: [&str; 5] = ["model/src", "server/src", "draft/src", "verifier/src", "tests"];
@@ -124,7 +125,7 @@ impl<'a> Arrivals<'a> {
     }
 
     fn length(&mut self, median: usize) -> anyhow::Result<usize> {
-        let lengths = LogNormal::new((median as f64).ln(), LENGTH_SIGMA)?;
+        let lengths = LogNormal::new(ln(median as f64), LENGTH_SIGMA)?;
         let length = lengths.sample(&mut self.random).round() as usize;
         Ok(length.clamp(2, self.lengths.most))
     }

@@ -50,13 +50,22 @@ pub struct Driver {
     engine: Engine,
     clock: Arc<dyn Clock>,
     next_id: u64,
+    prefix_reuse: PrefixReuse,
 }
 
 impl Driver {
     /// `clock` as the engine has it.
     #[must_use]
     pub fn new(engine: Engine, clock: Arc<dyn Clock>) -> Self {
-        Self { engine, clock, next_id: 0 }
+        // Rounds repeat their prompts, and each shall cost what the first one costs.
+        Self { engine, clock, next_id: 0, prefix_reuse: PrefixReuse::Off }
+    }
+
+    /// Uses the KV of earlier prompts, and keeps it for later ones.
+    #[must_use]
+    pub fn with_prefix_reuse(mut self) -> Self {
+        self.prefix_reuse = PrefixReuse::salted("");
+        self
     }
 
     /// Id of the completion that is asked for next; those after it count on.
@@ -115,7 +124,7 @@ impl Driver {
             deadline: None,
             tenant: TenantId::default(),
             priority: Priority::Normal,
-            prefix_reuse: PrefixReuse::salted(""),
+            prefix_reuse: self.prefix_reuse,
             sibling: None,
         }
     }

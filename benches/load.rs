@@ -377,8 +377,9 @@ fn main() -> anyhow::Result<()> {
     writeln!(
         out,
         "{}\n{model}, server and clients in one process; Poisson arrivals, {} s per phase, seed \
-         {}; prompts and outputs log-normal with medians {} and {}, at most {} tokens\nTTFT and TPOT \
-         over requests that ended well, from the intended arrival; goodput in tokens/s",
+         {}; prompts and outputs log-normal with medians {} and {}, at most {} tokens\n\
+         TTFT and TPOT over requests that ended well, from the intended arrival; goodput in \
+         tokens/s",
         machine::describe(),
         args.seconds,
         args.seed,

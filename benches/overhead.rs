@@ -154,7 +154,7 @@ impl Bench {
                 deadline: None,
                 tenant: TenantId::default(),
                 priority: Priority::Normal,
-                prefix_reuse: PrefixReuse::salted(""),
+                prefix_reuse: PrefixReuse::Off,
                 sibling: None,
             };
             self.engine.submit(id, request)?;

@@ -69,7 +69,8 @@ fn measure(args: &Args, model: Option<&PathBuf>) -> anyhow::Result<[Measured; 2]
     let corpus = Corpus::of_sources(model.map_or(RUST_VERIFIER.as_ref(), |path| path.as_path()))?;
     let config = Config::new(&flags, EdgeConfig::default())?;
     let clock: Arc<dyn Clock> = Arc::new(MonotonicClock::start());
-    let mut driver = Driver::new(assemble(&config, Arc::clone(&clock))?.engine, clock);
+    let engine = assemble(&config, Arc::clone(&clock))?.engine;
+    let mut driver = Driver::new(engine, clock).with_prefix_reuse();
     let mut random = StdRng::seed_from_u64(args.seed);
     let mut measured = [Measured::default(), Measured::default()];
     for round in 0..=args.rounds {

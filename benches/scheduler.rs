@@ -231,8 +231,9 @@ fn main() -> anyhow::Result<()> {
     writeln!(
         out,
         "{}\n{} rounds of {} steps, {} tenants; medians and spans, in microseconds of a step \
-         without the network\npredicted: the step grows with those who run, the same for each of them, and \
-         hardly with those who wait",
+         without the network\n\
+         predicted: the step grows with those who run, the same for each of them, and hardly with \
+         those who wait",
         machine::describe(),
         args.rounds,
         args.steps,

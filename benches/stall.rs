@@ -246,13 +246,8 @@ fn main() -> anyhow::Result<()> {
     )?;
     writeln!(
         out,
-        "{:<12}{:>22}{:>22}{:>26}{:>26}   {}",
-        "the prompt",
-        "usual gap",
-        "largest before",
-        "largest during it",
-        "TTFT of the prompt",
-        "predicted for the largest gap"
+        "{:<12}{:>22}{:>22}{:>26}{:>26}   predicted for the largest gap",
+        "the prompt", "usual gap", "largest before", "largest during it", "TTFT of the prompt"
     )?;
     for setting in &settings {
         setting.write(&mut out)?;

@@ -310,7 +310,7 @@ fn request(asked: Asked, speculation: Speculation, arrival: Micros) -> Request {
         deadline: None,
         tenant: TenantId::default(),
         priority: Priority::Normal,
-        prefix_reuse: PrefixReuse::salted(""),
+        prefix_reuse: PrefixReuse::Off,
         sibling: None,
     }
 }
@@ -328,6 +328,8 @@ fn message(asked: &Asked, speculation: Speculation) -> v1::GenerateRequest {
         temperature: Some(0.0),
         seed: Some(7),
         ignore_eos: true,
+        // Rounds repeat their prompts, and each shall cost what the first one costs.
+        no_prefix_reuse: true,
         speculation: Some(v1::Speculation { mode: mode.into(), draft_len: None }),
         ..v1::GenerateRequest::default()
     }

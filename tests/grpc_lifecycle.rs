@@ -13,7 +13,9 @@ use slipstream_tests::client::{
     Client, PATIENCE, block_on, client, complete, config, greedy, narrow_client, read_on, sampled,
     start, stream, until_taken,
 };
+use slipstream_tests::exposition::Page;
 use slipstream_tests::held_loading::HeldLoading;
+use slipstream_tests::plain_http::get;
 use tokio::task::JoinSet;
 use tokio_stream::StreamExt;
 use tonic::{Code, Request, Status, Streaming};
@@ -171,6 +173,48 @@ fn deadlines_end_calls_and_nothing_else() {
         drop(open_at_once(&server, 40).await);
         until_taken(&client, &greedy(PROMPT, 4)).await;
         assert_eq!(with_deadline(&client, "60S").await.unwrap(), LONG as usize);
+        server.stop().await.unwrap();
+    });
+}
+
+/// What the server counts.
+async fn counted(server: &LocalServer) -> Page {
+    Page::parse(&get(server.address(), "/metrics").await.body).unwrap()
+}
+
+#[test]
+fn a_request_that_waits_for_its_reader_ends_at_its_deadline() {
+    block_on(async {
+        let server = start(|flags| flags.unread_tokens = 1).await;
+        let slow = narrow_client(&format!("http://{}", server.address())).await;
+        let mut request = Request::new(long());
+        request.metadata_mut().insert("grpc-timeout", "2S".parse().unwrap());
+        let unread = slow.clone().generate(request).await.unwrap().into_inner();
+        let begun = Instant::now();
+        while counted(&server).await.number("slipstream_num_requests_paused") != 1.0 {
+            assert!(begun.elapsed() < PATIENCE, "it never pauses");
+            tokio::task::yield_now().await;
+        }
+        // Nothing is computed meanwhile: what wakes the engine only looks.
+        let paused = counted(&server).await;
+        let by_deadline = |page: &Page| {
+            page.value("slipstream_requests_finished_total", &[("reason", "deadline")])
+        };
+        let ended = loop {
+            let page = counted(&server).await;
+            assert_eq!(
+                page.number("slipstream_steps_total"),
+                paused.number("slipstream_steps_total")
+            );
+            if by_deadline(&page) == Some(1.0) {
+                break page;
+            }
+            assert!(begun.elapsed() < PATIENCE, "its deadline never comes");
+            tokio::task::yield_now().await;
+        };
+        assert_eq!(ended.number("slipstream_kv_blocks_used"), 0.0);
+        assert!(ended.number("slipstream_request_pauses_total") >= 1.0);
+        drop(unread);
         server.stop().await.unwrap();
     });
 }

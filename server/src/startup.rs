@@ -9,7 +9,7 @@ use slipstream_draft::model_proposer::{ModelProposer, ModelProposerOptions};
 use slipstream_draft::proposer::Proposer;
 use slipstream_model::clock::Clock;
 use slipstream_model::config::LlamaConfig;
-use slipstream_model::forward::Forward;
+use slipstream_model::forward::{Forward, ForwardError};
 use slipstream_model::ids::{BLOCK_LEN, DraftEpoch};
 use slipstream_model::kernels::{Isa, NUMERICS_VERSION};
 use slipstream_model::kv_pool::KvType;
@@ -96,6 +96,9 @@ pub enum StartupError {
         /// What is wrong.
         source: ModelError,
     },
+    /// The verifier cannot compute a row.
+    #[error("the verifier fails at its first rows: {0}")]
+    Rehearsal(#[source] ForwardError),
     /// The operating system gives no random numbers.
     #[error("the operating system gives no random numbers")]
     NoRandomness,
@@ -226,7 +229,7 @@ fn assemble_around(
     };
     let (mut served, transformer) = served(config, verifier, num_blocks)?;
     served.draft = served_draft;
-    let engine = Engine::new(EngineParts {
+    let mut engine = Engine::new(EngineParts {
         config: config.engine,
         verifier: around(Box::new(transformer)),
         proposer,
@@ -234,6 +237,7 @@ fn assemble_around(
         clock,
         cache_key: cache_key()?,
     });
+    engine.rehearse().map_err(StartupError::Rehearsal)?;
     log_ready(begun.elapsed());
     Ok(Assembly { engine, served, sizes })
 }

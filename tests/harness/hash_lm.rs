@@ -1,36 +1,50 @@
 //! Owns the hash LM: a [`Forward`] whose logits are a hash of what is really read back from its KV
 //! store, so that a stale, leaked or misplaced entry changes the output at once, while real token
-//! choice, real acceptance and real scheduling run on top of it. Knows nothing of the engine.
+//! choice, real acceptance and real scheduling run on top of it. Like the KV of a network, what a
+//! slot holds depends on everything before it: a block read behind another beginning, or across
+//! tenants, is wrong even where its tokens are right. Knows nothing of the engine.
 
-use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, MutexGuard};
+mod store;
+
+use std::sync::Arc;
 
 use slipstream_model::batch::{RaggedBatch, Segment};
+use slipstream_model::clock::Micros;
 use slipstream_model::forward::{Forward, ForwardError, ForwardLimits, Logits};
-use slipstream_model::ids::{BLOCK_LEN, BlockId, TokenId};
+use slipstream_model::ids::{BlockId, TokenId};
 
+use crate::proposers::VirtualClock;
 use crate::random::mix;
+use store::Store;
 
-/// What one slot of the store holds: not only the token, but everything that must be true of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StoredSlot {
-    /// Token that was computed here.
-    pub token: TokenId,
-    /// Absolute position it was computed for.
-    pub position: usize,
-    /// Block it was written through.
-    pub block: BlockId,
-    /// Owner tag of the segment that wrote it.
-    pub owner: u64,
+pub use store::{HashLmCounts, HashLmProbe, StoredSlot};
+
+/// What a forward pass costs in virtual time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ForwardCost {
+    /// Every pass.
+    pub base_ns: u64,
+    /// Every row.
+    pub row_ns: u64,
+    /// Every position that a row attends to, itself included.
+    pub pair_ns: u64,
 }
 
-/// Nobody's slot: what a fresh or scrambled slot holds.
-const UNWRITTEN: StoredSlot = StoredSlot {
-    token: TokenId(u32::MAX),
-    position: usize::MAX,
-    block: BlockId(u32::MAX),
-    owner: u64::MAX,
-};
+impl ForwardCost {
+    /// What `rows` rows in segments cost that attend to `pairs` positions in all.
+    #[must_use]
+    pub fn of(self, rows: u64, pairs: u64) -> Micros {
+        Micros((self.base_ns + rows * self.row_ns + pairs * self.pair_ns) / 1_000)
+    }
+
+    fn of_batch(self, batch: &RaggedBatch) -> Micros {
+        let attended = |segment: &Segment| {
+            let rows = segment.rows.len() as u64;
+            rows * segment.start as u64 + rows * (rows + 1) / 2
+        };
+        self.of(batch.num_rows() as u64, batch.segments().iter().map(attended).sum())
+    }
+}
 
 /// Which hash LM to build.
 #[derive(Clone, Copy, Debug)]
@@ -45,13 +59,16 @@ pub struct HashLmConfig {
     /// One in this many histories has a row of NaN after it; 0 for none. A pure function of the
     /// history, so that the oracle meets the same rows.
     pub nan_one_in: u64,
+    /// What a pass costs on the clock of [`HashLm::timed`].
+    pub cost: ForwardCost,
 }
 
 impl HashLmConfig {
-    /// A verifier without faults.
+    /// A verifier without faults, which costs nothing.
     #[must_use]
     pub fn verifier(language: u64, limits: ForwardLimits) -> Self {
-        Self { limits, language, perturbation: 0.0, nan_one_in: 0 }
+        let cost = ForwardCost::default();
+        Self { limits, language, perturbation: 0.0, nan_one_in: 0, cost }
     }
 
     /// A draft of the same language, with the given noise on its logits.
@@ -59,84 +76,42 @@ impl HashLmConfig {
     pub fn draft(self, perturbation: f32) -> Self {
         Self { perturbation, nan_one_in: 0, ..self }
     }
-}
 
-/// What a hash LM has seen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct HashLmCounts {
-    /// Forward passes asked for.
-    pub calls: u64,
-    /// Rows computed.
-    pub rows: u64,
-    /// Slots written.
-    pub slots_written: u64,
-    /// Slots read back.
-    pub slots_read: u64,
-    /// Slots read whose position, block or owner was not the reader's. Must stay 0.
-    pub poisoned_reads: u64,
-    /// Calls refused because of an id, position or block out of range. Must stay 0.
-    pub refused_calls: u64,
-    /// Calls failed on purpose.
-    pub failed_calls: u64,
-    /// Rows of NaN given out on purpose.
-    pub nan_rows: u64,
-}
-
-#[derive(Debug)]
-struct Store {
-    slots: Vec<StoredSlot>,
-    counts: HashLmCounts,
-    nan_rows: BTreeSet<(u64, usize)>,
-    fail_calls: u32,
-}
-
-/// Looks into a hash LM that the engine owns, and makes it fail.
-#[derive(Clone, Debug)]
-pub struct HashLmProbe {
-    store: Arc<Mutex<Store>>,
-}
-
-impl HashLmProbe {
-    /// What has happened so far.
+    /// The states that the slots of `tokens` must hold, from position 0, among readers of `scope`.
     #[must_use]
-    pub fn counts(&self) -> HashLmCounts {
-        self.lock().counts
+    pub fn states(&self, scope: u64, tokens: &[TokenId]) -> Vec<u64> {
+        let mut read = first_read(self.language);
+        let state = |(position, &token): (usize, &TokenId)| {
+            let state = state_of(read, Place { token, position, scope });
+            read = read_back(read, state);
+            state
+        };
+        tokens.iter().enumerate().map(state).collect()
     }
+}
 
-    /// Fails the next `num_calls` forward passes, leaving nonsense in the slots of their rows.
-    pub fn fail_next(&self, num_calls: u32) {
-        self.lock().fail_calls = num_calls;
-    }
+/// A token at its place.
+#[derive(Clone, Copy)]
+struct Place {
+    token: TokenId,
+    position: usize,
+    scope: u64,
+}
 
-    /// Makes the row at `position` of `owner` a row of NaN.
-    pub fn poison_row(&self, owner: u64, position: usize) {
-        self.lock().nan_rows.insert((owner, position));
-    }
+/// What has been read before anything was read.
+fn first_read(language: u64) -> u64 {
+    mix(language)
+}
 
-    /// The first of `tokens` whose slot, read through `blocks`, does not hold what it must:
-    /// `None` when all of them are really computed.
-    #[must_use]
-    pub fn first_wrong_slot(
-        &self,
-        owner: u64,
-        blocks: &[BlockId],
-        tokens: &[TokenId],
-    ) -> Option<(usize, Option<StoredSlot>)> {
-        let store = self.lock();
-        tokens.iter().enumerate().find_map(|(position, &token)| {
-            let Some(&block) = blocks.get(position / BLOCK_LEN) else {
-                return Some((position, None));
-            };
-            let found = store.slots[slot_index(block, position)];
-            let wanted = StoredSlot { token, position, block, owner };
-            (found != wanted).then_some((position, Some(found)))
-        })
-    }
+/// What the slot of a token holds when `read` is what was read back before it.
+fn state_of(read: u64, place: Place) -> u64 {
+    let Place { token, position, scope } = place;
+    mix(read ^ mix(scope ^ position as u64) ^ (u64::from(token.0) << 32))
+}
 
-    fn lock(&self) -> MutexGuard<'_, Store> {
-        // A panicking proposer may have poisoned the lock; the store is plain data and stays valid.
-        self.store.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
+/// Folds a slot's state into what was read before it. One-to-one in both arguments.
+fn read_back(read: u64, state: u64) -> u64 {
+    (read ^ state).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29)
 }
 
 /// A language model made of hashes. See the module's description.
@@ -144,28 +119,27 @@ impl HashLmProbe {
 pub struct HashLm {
     config: HashLmConfig,
     probe: HashLmProbe,
+    clock: Option<Arc<VirtualClock>>,
 }
 
 impl HashLm {
-    /// A hash LM with an empty store, and a probe to look into it.
+    /// A hash LM with an empty store, and a probe to look into it. Takes no time.
     #[must_use]
     pub fn new(config: HashLmConfig) -> (Self, HashLmProbe) {
-        let store = Store {
-            slots: vec![UNWRITTEN; config.limits.num_blocks * BLOCK_LEN],
-            counts: HashLmCounts::default(),
-            nan_rows: BTreeSet::new(),
-            fail_calls: 0,
-        };
-        let probe = HashLmProbe { store: Arc::new(Mutex::new(store)) };
-        (Self { config, probe: probe.clone() }, probe)
+        let probe = HashLmProbe::new(config.limits.num_blocks);
+        (Self { config, probe: probe.clone(), clock: None }, probe)
     }
 
-    fn first_state(&self) -> u64 {
-        mix(self.config.language)
+    /// As [`new`](Self::new); every pass moves `clock` by what it costs.
+    #[must_use]
+    pub fn timed(config: HashLmConfig, clock: &Arc<VirtualClock>) -> (Self, HashLmProbe) {
+        let (untimed, probe) = Self::new(config);
+        (Self { clock: Some(Arc::clone(clock)), ..untimed }, probe)
     }
 
-    /// Logits of the row whose history folds to `state`, `[vocab]`.
-    fn fill_row(&self, state: u64, row: &mut [f32]) {
+    /// Logits of the row whose history folds to `read`, `[vocab]`.
+    fn fill_row(&self, read: u64, row: &mut [f32]) {
+        let state = mix(read);
         // Peaked and flat rows alternate: spreads of 1, 2, 4 and 8 standard deviations.
         let spread = (1u32 << (mix(state ^ 0x5052_4541) >> 62)) as f32;
         for (token, logit) in row.iter_mut().enumerate() {
@@ -178,9 +152,9 @@ impl HashLm {
         }
     }
 
-    fn is_nan_row(&self, state: u64) -> bool {
+    fn is_nan_row(&self, read: u64) -> bool {
         self.config.nan_one_in != 0
-            && mix(state ^ 0x004E_414E).is_multiple_of(self.config.nan_one_in)
+            && mix(read ^ 0x004E_414E).is_multiple_of(self.config.nan_one_in)
     }
 
     fn check(&self, batch: &RaggedBatch) -> Result<(), ForwardError> {
@@ -203,8 +177,8 @@ impl HashLm {
         Ok(())
     }
 
-    /// Reads the segment's whole history back and fills its logits rows from `next_row` on.
-    fn read_segment(
+    /// Reads the segment's whole history back, writes its rows and fills its logits rows.
+    fn compute_segment(
         &self,
         store: &mut Store,
         batch: &RaggedBatch,
@@ -212,24 +186,25 @@ impl HashLm {
         out: &mut RowWriter<'_>,
     ) {
         let table = batch.block_table(segment);
-        let mut state = self.first_state();
-        for position in 0..segment.start + segment.rows.len() {
-            let block = table[position / BLOCK_LEN];
-            let slot = store.slots[slot_index(block, position)];
-            state = fold(state, slot.token, slot.position);
-            if slot.position != position || slot.block != block || slot.owner != segment.owner {
-                store.counts.poisoned_reads += 1;
-                state = mix(state ^ slot.owner ^ 0x504F_4953_4F4E);
+        let mut read = first_read(self.config.language);
+        for position in 0..segment.start {
+            read = read_back(read, store.read(table, position, segment));
+        }
+        for (row, &token) in batch.tokens()[segment.rows.clone()].iter().enumerate() {
+            let position = segment.start + row;
+            let state = state_of(read, Place { token, position, scope: segment.scope });
+            store.write(table, segment, StoredSlot::new(state, token, position, segment));
+            read = read_back(read, state);
+            if row < segment.logits_from {
+                continue;
             }
-            let wants_logits = position >= segment.start + segment.logits_from;
-            if wants_logits {
-                let row = out.logits.row_mut(out.next_row);
-                out.next_row += 1;
-                self.fill_row(state, row);
-                if self.is_nan_row(state) || store.nan_rows.contains(&(segment.owner, position)) {
-                    row.fill(f32::NAN);
-                    store.counts.nan_rows += 1;
-                }
+            let logits = out.logits.row_mut(out.next_row);
+            out.next_row += 1;
+            if self.is_nan_row(read) || store.is_poisoned(segment.owner, position) {
+                logits.fill(f32::NAN);
+                store.counts.nan_rows += 1;
+            } else {
+                self.fill_row(read, logits);
             }
         }
         store.counts.slots_read += (segment.start + segment.rows.len()) as u64;
@@ -254,54 +229,35 @@ impl Forward for HashLm {
             store.counts.refused_calls += 1;
             return Err(error);
         }
+        if let Some(clock) = &self.clock {
+            clock.advance(self.config.cost.of_batch(batch));
+        }
+        // Nonsense first, in all rows: whoever reads another's row of the same pass sees it.
+        store.begin_pass(batch);
+        if store.panic_calls > 0 {
+            store.panic_calls -= 1;
+            store.counts.panicked_calls += 1;
+            drop(store);
+            // Unwinds like a panic, without the message that the panic hook would print.
+            std::panic::resume_unwind(Box::new("on purpose"));
+        }
         if store.fail_calls > 0 {
             store.fail_calls -= 1;
             store.counts.failed_calls += 1;
-            write_rows(&mut store, batch, |_| UNWRITTEN);
             return Err(ForwardError::Failed("on purpose".to_owned()));
         }
         store.counts.rows += batch.num_rows() as u64;
-        write_rows(&mut store, batch, |slot| slot);
         logits.reset(batch.num_logit_rows(), self.config.limits.vocab_size);
         let mut out = RowWriter { logits, next_row: 0 };
         for segment in batch.segments() {
-            self.read_segment(&mut store, batch, segment, &mut out);
+            self.compute_segment(&mut store, batch, segment, &mut out);
         }
         Ok(())
     }
 
     fn copy_block(&mut self, from: BlockId, to: BlockId) {
-        let probe = self.probe.clone();
-        let mut store = probe.lock();
-        for offset in 0..BLOCK_LEN {
-            let slot = store.slots[from.index() * BLOCK_LEN + offset];
-            let copied = StoredSlot { block: to, ..slot };
-            store.slots[to.index() * BLOCK_LEN + offset] =
-                if slot == UNWRITTEN { slot } else { copied };
-        }
+        self.probe.lock().copy_block(from, to);
     }
-}
-
-/// Writes the slots of all rows before any is read, as a transformer's layer does.
-fn write_rows(store: &mut Store, batch: &RaggedBatch, change: impl Fn(StoredSlot) -> StoredSlot) {
-    for segment in batch.segments() {
-        let table = batch.block_table(segment);
-        for (offset, &token) in batch.tokens()[segment.rows.clone()].iter().enumerate() {
-            let position = segment.start + offset;
-            let block = table[position / BLOCK_LEN];
-            let slot = StoredSlot { token, position, block, owner: segment.owner };
-            store.slots[slot_index(block, position)] = change(slot);
-            store.counts.slots_written += 1;
-        }
-    }
-}
-
-fn slot_index(block: BlockId, position: usize) -> usize {
-    block.index() * BLOCK_LEN + position % BLOCK_LEN
-}
-
-fn fold(state: u64, token: TokenId, position: usize) -> u64 {
-    mix(state ^ (u64::from(token.0) << 32) ^ position as u64)
 }
 
 /// Roughly standard normal: the centred sum of four 16-bit uniforms.
@@ -312,11 +268,15 @@ fn bell(key: u64) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use slipstream_model::batch::{RaggedBatch, SegmentInput};
+    use slipstream_model::clock::{Clock, Micros};
     use slipstream_model::forward::{Forward, ForwardLimits, Logits};
     use slipstream_model::ids::{BlockId, TokenId};
 
-    use super::{HashLm, HashLmConfig};
+    use super::{ForwardCost, HashLm, HashLmConfig};
+    use crate::proposers::VirtualClock;
     use crate::random::Rng;
     use crate::requests::random_tokens;
 
@@ -325,13 +285,13 @@ mod tests {
         HashLmConfig::verifier(3, limits)
     }
 
-    /// Logits of the rows `start ..` of `tokens`, read and written through `blocks` by `owner`.
+    /// Logits of the rows `start ..` of `tokens`, read and written through `blocks` in `scope`.
     fn rows(
         lm: &mut HashLm,
         tokens: &[TokenId],
         start: usize,
         blocks: [u32; 6],
-        owner: u64,
+        scope: u64,
     ) -> Vec<Vec<f32>> {
         let mut batch = RaggedBatch::new();
         batch.push(SegmentInput {
@@ -339,8 +299,8 @@ mod tests {
             start,
             block_table: &blocks.map(BlockId),
             logits_from: 0,
-            owner,
-            scope: 0,
+            owner: 5,
+            scope,
         });
         let mut logits = Logits::new();
         lm.forward(&batch, &mut logits).expect("the batch is in range");
@@ -358,25 +318,77 @@ mod tests {
             let mut pieces = Vec::new();
             for start in (0..90).step_by(chunk) {
                 let end = (start + chunk).min(90);
-                pieces.extend(rows(&mut lm, &tokens[..end], start, far, 77));
+                pieces.extend(rows(&mut lm, &tokens[..end], start, far, 1));
             }
-            assert_eq!(pieces, whole, "chunks of {chunk}, other blocks, another owner");
+            assert_eq!(pieces, whole, "chunks of {chunk}, other blocks");
             assert_eq!(probe.counts().slots_written, 90);
             assert_eq!(probe.counts().poisoned_reads, 0);
         }
-        assert_eq!(probe.first_wrong_slot(1, &near.map(BlockId), &tokens), None);
+        let states = config().states(1, &tokens);
+        assert_eq!(probe.first_wrong_slot(&near.map(BlockId), &states), None);
+        assert_ne!(rows(&mut HashLm::new(config()).0, &tokens, 0, near, 2), whole, "other scope");
         // One foreign block, one stale token, one misplaced block: each changes the row.
         let last = &whole[89..];
-        assert_ne!(rows(&mut lm, &tokens, 89, near, 2), last, "another owner's KV");
+        assert_ne!(rows(&mut lm, &tokens, 89, near, 2), last, "another tenant's KV");
         assert_eq!(probe.counts().poisoned_reads, 89);
         assert_ne!(rows(&mut lm, &tokens, 89, [0, 2, 1, 3, 4, 5], 1), last, "blocks out of order");
         let mut other = tokens.clone();
         other[40].0 ^= 1;
         rows(&mut lm, &other[..41], 40, near, 1);
         assert_ne!(rows(&mut lm, &tokens, 89, near, 1), last, "a stale token");
-        assert_eq!(probe.first_wrong_slot(1, &near.map(BlockId), &tokens).unwrap().0, 40);
+        assert_eq!(probe.first_wrong_slot(&near.map(BlockId), &states).unwrap().0, 40);
         rows(&mut lm, &tokens[..41], 40, near, 1);
         assert_eq!(rows(&mut lm, &tokens, 89, near, 1), last, "all put right again");
+        // The right tokens at the right positions of the right scope, behind another beginning.
+        let mut other = tokens.clone();
+        other[3].0 ^= 1;
+        rows(&mut lm, &other[..64], 0, [6, 7, 8, 9, 4, 5], 1);
+        assert_ne!(rows(&mut lm, &tokens, 89, [0, 1, 8, 3, 4, 5], 1), last, "another prefix");
+        // And a copy is as good as what it was copied from.
+        lm.copy_block(BlockId(2), BlockId(10));
+        rows(&mut lm, &tokens, 89, near, 1);
+        assert_eq!(rows(&mut lm, &tokens, 89, [0, 1, 10, 3, 4, 5], 1), last, "a copied block");
+    }
+
+    #[test]
+    fn a_block_that_another_segment_reads_is_not_to_be_written() {
+        let tokens = random_tokens(&mut Rng::new(3), 24, 40);
+        let (mut lm, probe) = HashLm::new(config());
+        for (shared, wanted) in [([0, 1, 2, 3, 4, 5], 0), ([0, 1, 6, 7, 8, 9], 0)] {
+            rows(&mut lm, &tokens, 0, shared, 0);
+            assert_eq!(probe.counts().shared_writes, wanted);
+        }
+        let mut batch = RaggedBatch::new();
+        for (owner, table, start) in [(1, [0, 1, 2], 36), (2, [0, 1, 6], 20)] {
+            batch.push(SegmentInput {
+                tokens: &tokens[start..],
+                start,
+                block_table: &table.map(BlockId),
+                logits_from: 0,
+                owner,
+                scope: 0,
+            });
+        }
+        lm.forward(&batch, &mut Logits::new()).expect("the batch is in range");
+        // The second writes block 1, which the first has in its table, and had been scrambled.
+        assert_eq!(probe.counts().shared_writes, 1);
+        assert!(probe.counts().poisoned_reads > 0);
+        let mut writers = Vec::new();
+        let blocks = [0, 1, 2, 6].map(BlockId);
+        probe.last_writers(blocks.into_iter(), |block, owner| writers.push((block.0, owner)));
+        assert_eq!(writers, [(1, 2), (2, 1), (6, 2)]);
+    }
+
+    #[test]
+    fn a_pass_costs_what_it_attends_to() {
+        let clock = Arc::new(VirtualClock::default());
+        let cost = ForwardCost { base_ns: 7_000, row_ns: 100_000, pair_ns: 10_000 };
+        let (mut lm, _) = HashLm::timed(HashLmConfig { cost, ..config() }, &clock);
+        let tokens = random_tokens(&mut Rng::new(4), 24, 12);
+        rows(&mut lm, &tokens[..10], 0, [0, 1, 2, 3, 4, 5], 0);
+        assert_eq!(clock.now(), Micros(7 + 10 * 100 + 55 * 10));
+        rows(&mut lm, &tokens, 10, [0, 1, 2, 3, 4, 5], 0);
+        assert_eq!(clock.now(), Micros(2 * 7 + 12 * 100 + 78 * 10));
     }
 
     #[test]
@@ -407,7 +419,7 @@ mod tests {
             block_table,
             logits_from,
             owner,
-            scope: 0,
+            scope: 1,
         });
         assert!(lm.forward(&batch, &mut Logits::new()).is_err());
         assert_ne!(rows(&mut lm, &tokens, 89, blocks, 1), wanted[89..], "the slots are nonsense");

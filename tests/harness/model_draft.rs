@@ -10,6 +10,7 @@ use slipstream_model::ids::{DraftEpoch, SequenceId};
 use slipstream_model::proposal::Proposals;
 
 use crate::hash_lm::{HashLm, HashLmConfig, HashLmProbe};
+use crate::proposers::VirtualClock;
 
 /// The engine's half of a shared model proposer.
 struct SharedProposer(Arc<Mutex<ModelProposer>>);
@@ -46,8 +47,27 @@ pub fn model_draft(
     epoch: DraftEpoch,
     options: ModelProposerOptions,
 ) -> (Box<dyn Proposer>, DraftWatch) {
+    wrap(config, HashLm::new(config), epoch, options)
+}
+
+/// As [`model_draft`]; its passes take the time that `config` says.
+#[must_use]
+pub fn timed_model_draft(
+    config: HashLmConfig,
+    epoch: DraftEpoch,
+    options: ModelProposerOptions,
+    clock: &Arc<VirtualClock>,
+) -> (Box<dyn Proposer>, DraftWatch) {
+    wrap(config, HashLm::timed(config, clock), epoch, options)
+}
+
+fn wrap(
+    config: HashLmConfig,
+    (forward, probe): (HashLm, HashLmProbe),
+    epoch: DraftEpoch,
+    options: ModelProposerOptions,
+) -> (Box<dyn Proposer>, DraftWatch) {
     let vocab_size = config.limits.vocab_size;
-    let (forward, probe) = HashLm::new(config);
     let proposer = Arc::new(Mutex::new(ModelProposer::new(Box::new(forward), epoch, options)));
     (Box::new(SharedProposer(Arc::clone(&proposer))), DraftWatch { proposer, probe, vocab_size })
 }

@@ -45,6 +45,12 @@ impl Rng {
         low + self.below(high + 1 - low)
     }
 
+    /// A number in `0 ..= max` with a heavy tail: at least `n` once in `n` draws.
+    pub fn heavy(&mut self, max: usize) -> usize {
+        let size = 1.0 / self.unit().max(f64::MIN_POSITIVE);
+        (size as usize).min(max)
+    }
+
     /// True once in `n` draws; never when `n` is 0.
     pub fn one_in(&mut self, n: usize) -> bool {
         n != 0 && self.below(n) == 0

@@ -149,6 +149,8 @@ impl Demo {
             seed: Some(seed),
             speculation: Some(mode),
             token_bytes: true,
+            // Every round asks the same, and shall pay for it.
+            no_prefix_reuse: true,
             ..v1::GenerateRequest::default()
         }
     }

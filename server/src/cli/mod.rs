@@ -319,3 +319,21 @@ fn network_threads() -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     if cores > 2 { 2 } else { 1 }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::exit_code;
+    use crate::run::RunError;
+
+    #[test]
+    fn an_engine_that_cannot_go_on_has_codes_of_its_own() {
+        let code = |error: RunError| exit_code(&error.into());
+        let second = Duration::from_secs(1);
+        assert_eq!(code(RunError::VerifierFailed), 3);
+        assert_eq!(code(RunError::EngineHung { age: second, limit: second }), 4);
+        assert_eq!(code(RunError::EngineEnded), 1);
+        assert_eq!(code(RunError::Forced), 1);
+    }
+}

@@ -18,11 +18,12 @@ use super::flags::{CONFIG_FLAG, EXCLUSIVE};
 use super::setting::{self, Setting};
 
 /// Variables with our prefix that tests and benches read.
-const TEST_VARIABLES: [&str; 10] = [
+const TEST_VARIABLES: [&str; 11] = [
     "SLIPSTREAM_FLOOD_ONLY",
     "SLIPSTREAM_FLOOD_SECONDS",
     "SLIPSTREAM_RECORD_OUTPUT",
     "SLIPSTREAM_SIM_FIRST",
+    "SLIPSTREAM_SIM_SECONDS",
     "SLIPSTREAM_SIM_SEED",
     "SLIPSTREAM_SIM_SEEDS",
     "SLIPSTREAM_TEST_ALONE",

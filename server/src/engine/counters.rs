@@ -51,7 +51,8 @@ pub struct Counters {
     pub preemptions: u64,
     /// Steps in which the verifier failed.
     pub verifier_failures: u64,
-    /// Known tokens of sequences that started, or started again, with the prefix cache allowed.
+    /// Known tokens of sequences that started, or started again, with the prefix cache allowed or
+    /// behind a sibling's prompt.
     pub looked_up: u64,
     /// Of these, tokens whose KV was there.
     pub cached: u64,

@@ -264,6 +264,12 @@ impl Engine {
         &self.blocks
     }
 
+    /// What a tenant was served so far, in virtual tokens. For invariant checks.
+    #[must_use]
+    pub fn service(&self, tenant: TenantId) -> u64 {
+        self.share.service(tenant)
+    }
+
     /// What has happened so far.
     #[must_use]
     pub fn counters(&self) -> &Counters {

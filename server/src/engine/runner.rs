@@ -66,6 +66,7 @@ pub(crate) fn spawn(
         commands,
         readers: HashMap::new(),
         is_draining: false,
+        is_blocked: false,
         news: Vec::new(),
     };
     let thread = thread::Builder::new().name("engine".to_owned()).spawn(|| runner.run())?;
@@ -85,6 +86,8 @@ struct Runner {
     /// Of requests that have not ended, or whose end was not handed over.
     readers: HashMap<SequenceId, Reader>,
     is_draining: bool,
+    /// Whether the last step could compute nothing: whoever could run waits for somebody's reader.
+    is_blocked: bool,
     recorder: EngineRecorder,
     /// Whether the recorder has shown what the engine is now.
     is_shown: bool,
@@ -97,6 +100,7 @@ impl Runner {
         while !self.engine.has_failed() && self.take_commands() {
             self.recorder.step_begins();
             let report = self.engine.step();
+            self.is_blocked = report.num_rows == 0;
             self.deliver();
             self.is_shown = self.recorder.step_ends(&self.engine, report);
         }
@@ -109,10 +113,11 @@ impl Runner {
     /// Takes all commands that wait, and waits for one when there is nothing else to do. Returns
     /// false when the thread shall end.
     fn take_commands(&mut self) -> bool {
-        if !self.engine.has_work() {
+        if !self.engine.has_work() || self.is_blocked {
             // Somebody whose request has not ended, or who has not taken its end, is behind: their
             // output is offered again, and the step that comes with it ends what is out of time.
-            let first = if self.readers.is_empty() && self.is_shown {
+            let is_idle = self.readers.is_empty() && !self.engine.has_work();
+            let first = if is_idle && self.is_shown {
                 self.commands.recv().map_err(|_| RecvTimeoutError::Disconnected)
             } else {
                 self.commands.recv_timeout(STALLED_POLL)

@@ -163,7 +163,8 @@ impl Engine {
                 len
             }
         };
-        if keeping::may_share(&self.config, sequence) {
+        let is_shared = matches!(start, Start::Shared { .. });
+        if is_shared || keeping::may_share(&self.config, sequence) {
             self.counters.looked_up += sequence.tokens.len() as u64;
         }
         self.counters.cached += sequence.computed_len as u64;

@@ -183,10 +183,15 @@ impl Planner<'_> {
             Phase::Waiting => true,
             Phase::Running => {
                 sibling.computed_len + 1 < sibling.request.prompt.len()
-                    && !self.plan.preempt.contains(&sibling.id)
+                    && !self.gives_way(sibling.id)
             }
             Phase::Preempted | Phase::Finished(_) => false,
         }
+    }
+
+    /// Whether this plan preempts a running sequence, or tries to.
+    fn gives_way(&self, id: SequenceId) -> bool {
+        self.running.iter().any(|candidate| candidate.id == id && candidate.is_out)
     }
 
     /// The live sequence that has the same prompt and may share it.
@@ -214,7 +219,7 @@ impl Planner<'_> {
         let shared = self.sibling_of(sequence).filter(|sibling| {
             sibling.phase == Phase::Running
                 && sibling.computed_len + 1 >= sibling.request.prompt.len()
-                && !self.plan.preempt.contains(&sibling.id)
+                && !self.gives_way(sibling.id)
         });
         let shared_len = sequence.request.prompt.len() - 1;
         match shared {

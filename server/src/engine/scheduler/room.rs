@@ -107,12 +107,14 @@ impl Planner<'_> {
                 }
             }
         }
-        self.is_tight = self.settle(self.room.available >= needed, 0);
-        self.is_tight
+        let is_enough = self.settle(self.room.available >= needed, 0);
+        self.is_tight |= is_enough;
+        is_enough
     }
 
-    /// Makes room for a waiting sequence at the cost of lower classes, and of tenants with more
-    /// than their share of the seats. `lacks` says whether something is still missing.
+    /// Makes room for a waiting sequence at the cost of those whose readers are behind, of lower
+    /// classes, and of tenants with more than their share of the seats. `lacks` says whether
+    /// something is still missing.
     pub(super) fn preempt_fairly(
         &mut self,
         waiting: &Waiting,
@@ -126,17 +128,18 @@ impl Planner<'_> {
             let has_a_right = own_seats < fair_seats;
             let victims = (0..self.running.len()).filter(|&index| {
                 let candidate = &self.running[index];
-                if !may_go(candidate) || candidate.priority < priority {
+                if !may_go(candidate) {
                     return false;
                 }
                 let is_lower = candidate.priority > priority;
-                let is_other = candidate.tenant != waiting.tenant;
-                is_lower
+                let is_other = candidate.priority == priority && candidate.tenant != waiting.tenant;
+                candidate.is_paused
+                    || is_lower
                     || (is_other && has_a_right && self.num_seats(candidate.tenant) > fair_seats)
             });
-            let key = |&index: &usize| -> (Priority, u64, SequenceId) {
+            let key = |&index: &usize| -> (bool, Priority, u64, SequenceId) {
                 let candidate = &self.running[index];
-                (candidate.priority, candidate.service, candidate.id)
+                (candidate.is_paused, candidate.priority, candidate.service, candidate.id)
             };
             let Some(victim) = victims.max_by_key(key) else { break };
             self.try_victim(victim);
@@ -191,7 +194,8 @@ impl Planner<'_> {
     }
 }
 
-/// Whether a sequence can be preempted at all.
+/// Whether a sequence can be preempted at all. One whose reader is behind always can: what it holds
+/// is of no use to anybody.
 fn may_go(candidate: &Candidate) -> bool {
-    !candidate.is_out && !candidate.is_new && !candidate.is_pinned
+    !candidate.is_out && !candidate.is_new && (!candidate.is_pinned || candidate.is_paused)
 }
