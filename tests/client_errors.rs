@@ -21,8 +21,8 @@ use crate::program::slipstream;
 
 type Events = ReceiverStream<Result<v1::GenerateEvent, Status>>;
 
-/// Sends two tokens to whoever asks, one more of a second sample to who asks for two, then an error,
-/// or nothing ever.
+/// Sends two tokens to whoever asks, one of a second sample to who asks for two, then an error, or
+/// nothing ever.
 struct Scripted {
     end: Option<Status>,
     /// Keeps streams open.

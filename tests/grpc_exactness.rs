@@ -1,6 +1,7 @@
 //! Proves the promise on a real pair and over the real wire: 200 seeded configurations, each
 //! answered plainly and alone, speculatively and alone, and speculatively among changing neighbours
-//! on a server with other threads, chunking and memory. All bytes are equal.
+//! on a server with other threads, chunking and memory, of several tenants and classes, in part with
+//! KV that earlier requests left. All bytes are equal.
 
 use slipstream_proto::v1;
 use slipstream_proto::v1::speculation::Mode;
@@ -70,6 +71,19 @@ fn random_mode(rng: &mut Rng) -> Option<v1::Speculation> {
     }
 }
 
+/// The same, with everything left to chance that changes no byte: speculation, whose it is, how
+/// urgent, and what it may share.
+fn served_anyhow(rng: &mut Rng, seed: u64) -> v1::GenerateRequest {
+    let classes = [v1::Priority::Interactive, v1::Priority::Normal, v1::Priority::Batch];
+    v1::GenerateRequest {
+        speculation: random_mode(rng),
+        tenant: ["", "a", "b"][rng.below(3)].to_owned(),
+        priority: (*rng.pick(&classes)).into(),
+        no_prefix_reuse: rng.one_in(4),
+        ..configuration(seed)
+    }
+}
+
 async fn answer(client: &Client, request: v1::GenerateRequest, seed: u64) -> Answer {
     match stream(client, request).await {
         Ok(answer) => answer,
@@ -94,6 +108,7 @@ struct Totals {
     num_compared: usize,
     proposed: u32,
     accepted: u32,
+    cached: u32,
 }
 
 impl Totals {
@@ -101,6 +116,7 @@ impl Totals {
         self.num_compared += 1;
         self.proposed += answer.speculation().proposed;
         self.accepted += answer.speculation().accepted;
+        self.cached += answer.cached_len();
     }
 }
 
@@ -110,8 +126,7 @@ async fn together(client: &Client, seeds: &[u64]) -> Vec<(u64, Answer)> {
     for &seed in seeds {
         let client = client.clone();
         let mut rng = Rng::new(seed).fork(2);
-        let request =
-            v1::GenerateRequest { speculation: random_mode(&mut rng), ..configuration(seed) };
+        let request = served_anyhow(&mut rng, seed);
         calls.spawn(async move { (seed, answer(&client, request, seed).await) });
     }
     calls.join_all().await
@@ -135,13 +150,10 @@ fn two_hundred_configurations_give_the_same_bytes_however_they_are_computed() {
             for group in seeds.chunks(NEIGHBOURS) {
                 let mut plain = Vec::new();
                 for &seed in group {
-                    let request = configuration(seed);
                     let off = speculation(Mode::Off, None);
-                    let off = v1::GenerateRequest { speculation: off, ..request.clone() };
+                    let off = v1::GenerateRequest { speculation: off, ..configuration(seed) };
                     plain.push(answer(&client(&one), off, seed).await);
-                    let mut rng = Rng::new(seed).fork(1);
-                    let mode = random_mode(&mut rng);
-                    let on = v1::GenerateRequest { speculation: mode, ..request };
+                    let on = served_anyhow(&mut Rng::new(seed).fork(1), seed);
                     let on = answer(&client(&one), on, seed).await;
                     totals.add(&on);
                     assert_same(seed, "with speculation", &plain[plain.len() - 1], &on);
@@ -153,9 +165,10 @@ fn two_hundred_configurations_give_the_same_bytes_however_they_are_computed() {
                 }
             }
             report(&format!(
-                "  {} comparisons, {} of {} proposed tokens accepted",
-                totals.num_compared, totals.accepted, totals.proposed
+                "  {} comparisons, {} of {} proposed tokens accepted, {} prompt tokens cached",
+                totals.num_compared, totals.accepted, totals.proposed, totals.cached
             ));
+            assert!(totals.cached > 0, "nothing was ever shared");
             assert_eq!(totals.num_compared as u64, 2 * NUM_CONFIGURATIONS);
             assert!(
                 totals.accepted * 4 > totals.proposed,

@@ -15,8 +15,8 @@ use tonic::{Code, Status, Streaming};
 use tonic_types::StatusExt;
 
 /// More than three blocks of tokens.
-const PROMPT: &str = "use std::collections::HashMap;\n\n/// Counts the words of a text.\n\
-                      pub fn count(text: &str) -> HashMap<String, usize> {\n    let mut counts = ";
+const PROMPT: &str = "use std::collections::HashMap;\n\n/// Counts the words of a text.\nfn \
+                      count(text: &str) -> HashMap<String, usize> {\n    let mut counts = ";
 /// Output that fills the micro verifier's context of 1024 behind a short prompt.
 const LONG: i32 = 900;
 const N: i32 = 4;

@@ -36,6 +36,8 @@ MESSAGE_BYTES_MAX = 4 << 20
 # More than the server's default number of places (64 running, 256 waiting), so that places which
 # do not come back would run out.
 CANCELLED_CALLS = 400
+# Positions of one KV block: what requests share is a number of these.
+BLOCK_LEN = 16
 StatusCode = grpc.StatusCode
 
 
@@ -121,6 +123,19 @@ class Streamed:
         """What the server's promise is about."""
         return (self.ids, self.text, self.finished.reason)
 
+    def cached(self):
+        """Prompt tokens that were not computed for it."""
+        return self.finished.usage.cached_prompt_tokens
+
+
+def samples_of(events, num):
+    """The streams of several samples, taken apart."""
+    started, apart = next(events), [[] for _ in range(num)]
+    for event in events:
+        news = event.tokens if event.WhichOneof("event") == "tokens" else event.finished
+        apart[news.sample].append(event)
+    return [Streamed([started, *events]) for events in apart]
+
 
 class Checks:
     """All checks, in the order of their definition. Each opens with what must hold."""
@@ -142,10 +157,11 @@ class Checks:
         """Stubs of the completion service."""
         return self.reflected.service(f"{PACKAGE}.Completions")
 
-    def stream(self, completions=None, **fields):
+    def stream(self, completions=None, metadata=(), **fields):
         """One streamed completion, to its end."""
         completions = completions or self.completions
-        return Streamed(completions.Generate(self.request(**fields), timeout=PATIENCE_S))
+        request = self.request(**fields)
+        return Streamed(completions.Generate(request, timeout=PATIENCE_S, metadata=metadata))
 
     def make(self, message, /, **fields):
         """A message of the package."""
@@ -387,6 +403,70 @@ class Checks:
             expect(whole.ids[:cut] + rest.ids == whole.ids, f"cut at {cut}: other tokens")
             expect(whole.text.endswith(rest.text), f"cut at {cut}: other text")
         say("cut behind 1, 48 and 95 of 96 tokens: the rest is the same")
+
+    def check_samples(self):
+        """n samples are n completions, streamed and in one message"""
+        alone = [self.stream(sample_index=3 + i, max_tokens=48).bytes() for i in range(4)]
+        request = self.request(sample_index=3, max_tokens=48, n=4)
+        streams = samples_of(self.completions.Generate(request, timeout=PATIENCE_S), 4)
+        expect([stream.bytes() for stream in streams] == alone, "streamed samples differ")
+        answer = self.completions.Complete(request, timeout=PATIENCE_S)
+        unary = [answer, *answer.more_samples]
+        ids = [[token.id for token in sample.tokens] for sample in unary]
+        expect(ids == [sample[0] for sample in alone], "samples of one message differ")
+        expect(len({text for _, text, _ in alone}) > 1, "all samples are the same")
+        say(f"4 samples equal to 4 calls; cached prompt tokens: {[s.cached() for s in streams]} "
+            f"of {streams[0].started.prompt_tokens}")
+        for fields, field in (
+            (dict(n=0), "n"), (dict(n=17), "n"), (dict(n=2, output_prefix=[1]), "output_prefix")
+        ):
+            self.refused_field(field, **fields)
+
+    def refused_field(self, field, **fields):
+        """Asks for something that is refused; gives what is said of the field."""
+        bad = self.request(**fields)
+        error = failed_call(
+            lambda: self.completions.Complete(bad, timeout=10), StatusCode.INVALID_ARGUMENT
+        )
+        violation = details_of(error)["BadRequest"].field_violations[0]
+        expect(violation.field == field, f"{violation.field} is named, not {field}")
+        return violation.description
+
+    def check_sharing(self):
+        """Equal prompts share their KV within one tenant and one salt, and nowhere else"""
+        draw = random.randrange(1 << 32)
+        text = "".join(f"let a{line} = b{draw + line}.get({line});\n" for line in range(16))
+
+        def cached(tenant="one", **fields):
+            stream = self.stream(text=text, tenant=tenant, **fields)
+            expect(stream.bytes() == cold.bytes(), "what is shared changed the output")
+            return stream.cached()
+
+        cold = self.stream(text=text, tenant="one")
+        num = cold.started.prompt_tokens
+        expect(cold.cached() == 0, "somebody asked this before")
+        found = cached()
+        say(f"of {num} prompt tokens: 0 cached cold, {found} warm, 0 for others")
+        expect(found == (num - 1) // BLOCK_LEN * BLOCK_LEN, "not all full blocks were found")
+        expect(cached(tenant="two") == 0, "another tenant found them")
+        expect(cached(cache_salt="s") == 0, "another salt found them")
+        expect(cached(no_prefix_reuse=True) == 0, "who opts out found them")
+        named = cached(tenant="", metadata=(("x-tenant-id", "one"),))
+        expect(named == found, "x-tenant-id names another tenant")
+        say(f"the same by x-tenant-id: {named}")
+        self.refused_field("tenant", tenant="a b")
+        self.refused_field("cache_salt", cache_salt="s" * 129)
+
+    def check_priority(self):
+        """Every class is served with the same bytes"""
+        classes = self.reflected.enum(f"{PACKAGE}.Priority")
+        names = [f"PRIORITY_{name}" for name in ("INTERACTIVE", "NORMAL", "BATCH")]
+        plain = self.stream()
+        for name in names:
+            stream = self.stream(priority=classes[name].number)
+            expect(stream.bytes() == plain.bytes(), f"{name} changed the output")
+        said = self.refused_field("priority", priority=77)
+        say(f"{', '.join(names)}: the same bytes; 77: {said}")
 
     def get(self, path):
         """Code, content type and text of an HTTP answer."""

@@ -59,7 +59,7 @@ pub(super) struct GenerateFlags {
     /// Output already received, as ids joined by commas: goes on behind it. Needs the same --seed
     #[arg(long, value_name = "IDS", value_delimiter = ',', help_heading = "Completion")]
     output_prefix: Vec<u32>,
-    /// Complete the prompt so many times, each with a sample index of its own from --sample-index on
+    /// Complete the prompt so many times, with the sample indices from --sample-index on
     /// [default: 1]
     #[arg(long, value_name = "N", help_heading = "Completion")]
     n: Option<i32>,

@@ -136,8 +136,8 @@ enum Detail<'a> {
     Field(&'a str, String),
     /// What is full, and its bound.
     Full(&'static str, usize),
-    /// A field whose wish the server could never grant, and what is wrong with it: how much it takes
-    /// of what, and how much there is.
+    /// A field whose wish the server could never grant, and what is wrong with it: how much it
+    /// takes of what, and how much there is.
     Never {
         field: &'a str,
         problem: String,
