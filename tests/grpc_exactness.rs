@@ -1,7 +1,7 @@
 //! Proves the promise on a real pair and over the real wire: 200 seeded configurations, each
 //! answered plainly and alone, speculatively and alone, and speculatively among changing neighbours
-//! on a server with other threads, chunking and memory, of several tenants and classes, in part with
-//! KV that earlier requests left. All bytes are equal.
+//! on a server with other threads, chunking and memory, of several tenants and classes, in part
+//! with KV that earlier requests left. All bytes are equal.
 
 use slipstream_proto::v1;
 use slipstream_proto::v1::speculation::Mode;
