@@ -92,12 +92,23 @@ fn a_completion_that_is_over_gives_its_place_back_unread() {
     });
 }
 
-/// Requests that have ended, and output tokens committed.
-async fn ended_and_committed(server: &LocalServer) -> (f64, f64) {
-    let page = Page::parse(&get(server.address(), "/metrics").await.body).unwrap();
-    let ended = page.families["slipstream_requests_finished_total"].samples.iter();
-    let ended = ended.map(|sample| sample.value).sum();
-    (ended, page.number("slipstream_committed_tokens_total"))
+/// Waits until so many requests have ended, and says how many output tokens were committed.
+///
+/// # Panics
+/// When more have ended.
+async fn committed_by(server: &LocalServer, num_ended: usize) -> usize {
+    let begun = Instant::now();
+    loop {
+        let page = Page::parse(&get(server.address(), "/metrics").await.body).unwrap();
+        let ended = page.families["slipstream_requests_finished_total"].samples.iter();
+        let ended = ended.map(|sample| sample.value).sum::<f64>() as usize;
+        assert!(ended <= num_ended, "{ended} requests have ended");
+        if ended == num_ended {
+            return page.number("slipstream_committed_tokens_total") as usize;
+        }
+        assert!(begun.elapsed() < PATIENCE, "only {ended} requests have ended");
+        tokio::task::yield_now().await;
+    }
 }
 
 #[test]
@@ -112,22 +123,16 @@ fn who_is_behind_pauses_and_nobody_else() {
         for seed in 2..6 {
             alone.push(stream(&other, sampled(PROMPT, LONG, seed)).await.unwrap());
         }
-        let before = ended_and_committed(&server).await;
+        let before = committed_by(&server, 5).await;
         let mut events = slow.clone().generate(wide(1)).await.unwrap().into_inner();
         // Four times the work of the one that is not read.
         for (seed, alone) in (2..6).zip(&alone) {
             let answer = stream(&other, sampled(PROMPT, LONG, seed)).await.unwrap();
             assert_eq!(answer.bytes(), alone.bytes());
         }
-        // The picture for the metrics may be a step behind the last answer.
-        let begun = Instant::now();
-        let mut after = ended_and_committed(&server).await;
-        while after.0 - before.0 < 4.0 && begun.elapsed() < PATIENCE {
-            after = ended_and_committed(&server).await;
-        }
-        assert_eq!(after.0 - before.0, 4.0, "the one that is not read goes on");
-        let num_ahead = after.1 - before.1 - 4.0 * f64::from(LONG);
-        assert!((512.0..900.0).contains(&num_ahead), "{num_ahead} tokens ahead");
+        // The one that is not read has not ended.
+        let num_ahead = committed_by(&server, 9).await - before - 4 * LONG as usize;
+        assert!((512..900).contains(&num_ahead), "{num_ahead} tokens ahead");
         let (received, status) = read_on(&mut events, Vec::new()).await;
         assert!(status.is_none(), "{status:?}");
         assert_eq!(received, whole, "a pause changes nothing");
@@ -143,23 +148,15 @@ fn a_deadline_passes_in_a_pause_too_and_leaves_what_was_certain() {
         let server = LocalServer::start(settings).await.unwrap();
         let (slow, other) = (narrow_client(&url(&server)).await, client(&server));
         let whole = stream(&other, wide(1)).await.unwrap().ids();
-        let before = ended_and_committed(&server).await;
+        let before = committed_by(&server, 1).await;
         let mut call = Request::new(wide(1));
         call.metadata_mut().insert("grpc-timeout", "1S".parse().unwrap());
         let mut events = slow.clone().generate(call).await.unwrap().into_inner();
-        let begun = Instant::now();
-        let after = loop {
-            let after = ended_and_committed(&server).await;
-            if after.0 > before.0 {
-                break after;
-            }
-            assert!(begun.elapsed() < PATIENCE, "its deadline never passes");
-            tokio::time::sleep(Duration::from_millis(5)).await; // leaves the machine to the engine
-        };
+        let num_certain = committed_by(&server, 2).await - before;
         let (received, status) = read_on(&mut events, Vec::new()).await;
         let status = status.expect("its deadline has passed");
         assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
-        assert_eq!(received.len() as f64, after.1 - before.1, "every certain token came");
+        assert_eq!(received.len(), num_certain, "every certain token came");
         assert!(received.len() >= 512 && whole.starts_with(&received));
         let resumed = v1::GenerateRequest { output_prefix: received.clone(), ..wide(1) };
         let rest = stream(&other, resumed).await.unwrap().ids();

@@ -307,6 +307,7 @@ async fn until_balanced(server: std::net::SocketAddr) -> f64 {
             let is_balanced = submitted == get("slipstream_requests_finished_total")
                 && submitted == get("slipstream_requests_released_total")
                 && get("slipstream_kv_blocks_used") == 0.0
+                && get("slipstream_draft_kv_blocks_used") == 0.0
                 && get("slipstream_kv_blocks_free") + get("slipstream_kv_blocks_cached")
                     == get("slipstream_kv_blocks")
                 && get("slipstream_requests_live") == 0.0

@@ -123,12 +123,6 @@ impl ModelProposer {
         }
     }
 
-    /// KV blocks held for sequences; zero when every sequence was released.
-    #[must_use]
-    pub fn num_held_blocks(&self) -> usize {
-        self.cache.num_held()
-    }
-
     /// Syncs every sequence with the cache and drops those the draft has no room for.
     fn begin(&mut self, work: &[ProposeWork<'_>]) {
         let limits = self.forward.limits();
@@ -279,5 +273,9 @@ impl Proposer for ModelProposer {
 
     fn reset(&mut self) {
         self.cache.clear();
+    }
+
+    fn num_held_blocks(&self) -> usize {
+        self.cache.num_held()
     }
 }

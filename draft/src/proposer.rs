@@ -64,4 +64,10 @@ pub trait Proposer: Send {
 
     /// Drops all KV of all sequences, as after a fault. They catch up when next asked.
     fn reset(&mut self);
+
+    /// KV blocks held for sequences; zero when every sequence was released, and for those that have
+    /// no KV.
+    fn num_held_blocks(&self) -> usize {
+        0
+    }
 }

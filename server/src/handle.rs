@@ -27,6 +27,11 @@ pub const EVENT_QUEUE_LEN: usize = 32;
 
 const _: () = assert!(size_of::<OutputToken>() <= 32);
 
+/// Requests beyond those that the engine holds that may be on their way to it. It refuses them
+/// itself, because it knows when to come back, and counts them; what comes beyond these is refused
+/// here, so that a flood costs the engine nothing.
+const REFUSALS_MAX: usize = 64;
+
 /// What the network side asks of the engine thread. Every live request has room for its two
 /// commands reserved in the queue, so sending never blocks and a cancel is never lost.
 #[derive(Debug)]
@@ -97,17 +102,17 @@ impl Sent {
 }
 
 impl EngineHandle {
-    /// Capacity of a command queue that serves `max_requests` live requests: two commands each, and
-    /// room for `Drain` and `Stop`.
+    /// Capacity of a command queue that serves `max_requests` live requests: two commands for each
+    /// of them and of those that the engine refuses, and room for `Drain` and `Stop`.
     #[must_use]
     pub fn queue_capacity(max_requests: usize) -> usize {
-        2 * max_requests + 8
+        2 * (max_requests + REFUSALS_MAX) + 8
     }
 
     /// A handle that sends into a queue of [`queue_capacity`](Self::queue_capacity).
     #[must_use]
     pub fn new(commands: Sender<Command>, max_requests: usize) -> Self {
-        let permits = Arc::new(Semaphore::new(max_requests));
+        let permits = Arc::new(Semaphore::new(max_requests + REFUSALS_MAX));
         let next_id = Arc::new(AtomicU64::new(0));
         Self { commands, permits, max_requests, next_id, given_up: Arc::default() }
     }
@@ -208,11 +213,17 @@ impl EngineHandle {
         self.given_up.notify_waiters();
     }
 
+    /// Requests that can be alive at the same time.
+    #[must_use]
+    pub fn max_requests(&self) -> usize {
+        self.max_requests
+    }
+
     /// Requests that are alive now: from submission until the engine has ended them, whether or not
     /// their last events were read.
     #[must_use]
     pub fn num_live(&self) -> usize {
-        self.max_requests - self.permits.available_permits()
+        self.max_requests + REFUSALS_MAX - self.permits.available_permits()
     }
 }
 
@@ -342,8 +353,6 @@ pub(crate) mod tests {
             });
             let mut stream = stream.expect("it was taken");
             assert_eq!(handle.num_live(), 1);
-            let refused = handle.submit(request(), &Canceller::default()).await;
-            assert_eq!(refused.err(), Some(SubmitError::TooManyRequests { limit: 1 }));
             if is_canceller_first {
                 assert!(canceller.cancel(CancelReason::Aborted));
                 assert!(!canceller.cancel(CancelReason::Stalled), "only once");
@@ -419,12 +428,24 @@ pub(crate) mod tests {
         assert_eq!(cancelled.len(), 2, "those that were taken: {cancelled:?}");
         drop(cancelled);
         assert_eq!(handle.num_live(), 0);
-        // One place too few: nothing is sent at all.
-        let cancellers: Vec<Canceller> = (0..4).map(|_| Canceller::default()).collect();
-        let refused = handle.submit_samples(request(), &cancellers).await;
-        assert_eq!(refused.err(), Some(SubmitError::TooManyRequests { limit: 3 }));
-        assert!(commands.try_recv().is_err());
-        assert_eq!(handle.num_live(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_flood_is_refused_without_the_engine() {
+        let (handle, commands) = one();
+        for (num, error) in [
+            (1 + super::REFUSALS_MAX, None), // the engine has the word
+            (2 + super::REFUSALS_MAX, Some(SubmitError::TooManyRequests { limit: 1 })),
+        ] {
+            let cancellers: Vec<Canceller> = (0..num).map(|_| Canceller::default()).collect();
+            let refused = tokio::select! {
+                biased;
+                taken = handle.submit_samples(request(), &cancellers) => taken.err(),
+                () = std::future::ready(()) => None,
+            };
+            assert_eq!(refused, error);
+        }
+        drop(commands);
     }
 
     #[tokio::test]

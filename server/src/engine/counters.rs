@@ -143,6 +143,8 @@ pub struct EngineSnapshot {
     /// Of these, blocks that no sequence holds but the prefix cache keeps. They count as free when
     /// room is needed.
     pub num_cached_blocks: usize,
+    /// KV blocks of the draft's pool that it holds for sequences.
+    pub num_draft_blocks: usize,
     /// Running sequences that wait for their readers.
     pub num_paused: usize,
     /// Waiting ones by priority, in the order of `Priority::ALL`.
@@ -164,6 +166,7 @@ impl Engine {
             num_blocks: self.blocks.num_blocks(),
             num_free_blocks: self.blocks.num_free(),
             num_cached_blocks: self.blocks.num_cached(),
+            num_draft_blocks: self.draft.num_held_blocks(),
             draft_len_max: self.config.draft_len_max,
             has_draft: self.draft.is_installed(),
             is_draft_quarantined: self.draft.is_quarantined(),

@@ -117,6 +117,17 @@ impl Draft {
         outcome
     }
 
+    /// KV blocks that the draft holds, as it says.
+    pub(super) fn num_held_blocks(&self) -> usize {
+        let Some(proposer) = self.proposer.as_ref() else { return 0 };
+        let mut num_held = 0;
+        let asked = guard(|| {
+            num_held = proposer.num_held_blocks();
+            Ok(())
+        });
+        asked.map_or(0, |()| num_held)
+    }
+
     /// Tells the draft that a sequence has ended.
     pub(super) fn release(&mut self, sequence: SequenceId) {
         let Some(proposer) = self.proposer.as_mut() else { return };

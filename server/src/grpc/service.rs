@@ -11,7 +11,6 @@ use slipstream_proto::v1::generate_request::Prompt;
 use tonic::{Request, Response, Status};
 
 use crate::engine::event::CancelReason;
-use crate::engine::request::SubmitError;
 use crate::grpc::caller::{Caller, answer, check_request_id};
 use crate::grpc::completion::{About, Completion, EventStream};
 use crate::grpc::events;
@@ -58,6 +57,11 @@ impl CompletionsService {
         let validation =
             self.shared.offload.run(text_bytes, move || validate(wire, &model, admission));
         let Validated { request, num_samples, stop_strings } = validation.await??;
+        let wanted = num_samples as usize;
+        let limit = backend.engine.max_requests();
+        if wanted > limit {
+            return Err(CallError::OverPlaces { wanted, limit });
+        }
         if deadline.is_some_and(|deadline| backend.clock.now() >= deadline) {
             return Err(CallError::DeadlineExceeded);
         }
@@ -71,15 +75,8 @@ impl CompletionsService {
             seed: request.params.seed,
             prompt_tokens: events::wire_count(request.prompt.len()),
         };
-        let wanted = num_samples as usize;
-        let submission = backend.engine.submit_samples(request, &entry.cancellers(wanted)).await;
-        let streams = match submission {
-            // However empty the queue, there is no room in it.
-            Err(SubmitError::QueueFull { limit, .. }) if wanted > limit => {
-                return Err(CallError::OverPlaces { wanted, limit });
-            }
-            taken => taken?,
-        };
+        let cancellers = entry.cancellers(wanted);
+        let streams = backend.engine.submit_samples(request, &cancellers).await?;
         let first = streams.first().map(RequestStream::id);
         tracing::debug!(request_id, sequence = ?first, samples = wanted, "request taken");
         let stall_limit = self.shared.live.stall_limit();

@@ -193,6 +193,12 @@ pub const METRICS: &[Metric] = &[
         "Shared blocks copied because a request went on behind them.",
         |r| count(r.engine.counters.copied_blocks),
     ),
+    Metric::gauge(
+        "slipstream_draft_kv_blocks_used",
+        Unit::Number("blocks"),
+        "KV blocks that the draft holds for requests.",
+        |r| count(r.engine.num_draft_blocks as u64),
+    ),
     Metric::counter(
         "slipstream_prefix_cache_queries_total",
         Unit::Number("tokens"),
