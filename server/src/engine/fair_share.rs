@@ -10,8 +10,8 @@ use super::request::TenantId;
 const PROMPT_WEIGHT: u64 = 1;
 /// What an output token counts; both weights are those of the paper's evaluation.
 const OUTPUT_WEIGHT: u64 = 2;
-/// Virtual tokens by which a tenant that comes back may be behind the others: what it asks for after
-/// a pause goes before the backlog of those who never pause.
+/// Virtual tokens by which a tenant that comes back may be behind the others: what it asks for
+/// after a pause goes before the backlog of those who never pause.
 const CREDIT: u64 = 1024;
 /// Tenants without requests that are remembered because they are ahead of others. Beyond that all
 /// of them are forgotten, so that nobody can fill the memory with names.
