@@ -189,8 +189,9 @@ impl World {
                 let is_right = limit == config.max_running + config.max_waiting;
                 let live = || self.engine.sequences().filter(|view| is_live(view.phase));
                 let num_own = live().filter(|view| view.tenant == request.tenant).count();
-                // One tenant may take all places but a sixteenth.
-                let is_full = live().count() >= limit || num_own >= limit - limit / 16;
+                // Where there are enough, one tenant may take all places but a sixteenth.
+                let num_kept = if limit < 64 { 0 } else { limit / 16 };
+                let is_full = live().count() >= limit || num_own >= limit - num_kept;
                 require(is_right && is_full, || format!("{num_own} of its own: {error}"))?;
                 wanted.shed += 1;
                 self.coverage.note("shed", 1);
