@@ -1,5 +1,5 @@
-//! Proves that block accounting cannot leak: random growing, shrinking, sharing, copying and keeping
-//! by many tables over tiny pools, against a model that keeps plain lists.
+//! Proves that block accounting cannot leak: random growing, shrinking, sharing, copying and
+//! keeping by many tables over tiny pools, against a model that keeps plain lists.
 
 use std::collections::BTreeSet;
 

@@ -64,6 +64,8 @@ struct Moment {
     counters: Counters,
     verifier: HashLmCounts,
     has_work: bool,
+    /// When a request of each class last started.
+    last_starts: [Micros; 3],
 }
 
 /// What the checker must know about the world.
@@ -124,6 +126,7 @@ impl Checker {
         before.counters = *engine.counters();
         before.verifier = self.verifier.counts();
         before.has_work = engine.has_work();
+        before.last_starts = engine.last_starts();
         before.sequences.clear();
         before.blocks.clear();
         for view in engine.sequences() {

@@ -146,7 +146,8 @@ pub struct ModelFlags {
         env = "SLIPSTREAM_MAX_PREEMPTIONS"
     )]
     pub max_preemptions: usize,
-    /// After each such time of waiting, a request counts as one priority class more urgent
+    /// After each such time in which none of its class started, a waiting request counts as one
+    /// class more urgent
     #[arg(
         long,
         value_name = "TIME",

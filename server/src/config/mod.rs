@@ -29,6 +29,8 @@ use crate::net::settings::NetConfig;
 const EMBEDDED: &str = "embedded";
 /// What `--draft-model` says for no draft.
 const NONE: &str = "none";
+/// Requests beyond those that the engine holds that may wait for its answer, at least.
+const REQUESTS_ON_THEIR_WAY: usize = 16;
 
 /// Weight format in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -188,10 +190,12 @@ impl Config {
         })
     }
 
-    /// Requests that the server holds at the same time at most.
+    /// Requests that may be alive at the same time: as many as the engine holds, and some that are
+    /// on their way to hear from it that it is full, and when to come back.
     #[must_use]
     pub fn requests_max(&self) -> usize {
-        self.engine.max_running + self.engine.max_waiting
+        let held = self.engine.max_running + self.engine.max_waiting;
+        held + (held / 4).max(REQUESTS_ON_THEIR_WAY)
     }
 }
 

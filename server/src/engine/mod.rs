@@ -72,7 +72,8 @@ pub struct EngineConfig {
     /// Times that a sequence can be preempted. When it starts again after the last, it holds all
     /// the blocks it can ever need.
     pub preemptions_max: usize,
-    /// A waiting request counts as one class more urgent after each such time.
+    /// A request counts as one class more urgent after each such time in which neither it nor,
+    /// while it waits, anybody of its class was started.
     pub priority_aging: Micros,
     /// Whether KV of earlier requests is kept for later ones.
     pub prefix_reuse: bool,
@@ -159,6 +160,8 @@ pub struct Engine {
     /// event is taken.
     sequences: BTreeMap<SequenceId, Sequence>,
     share: FairShare,
+    /// When a request of each class last started, in the order of [`Priority::ALL`].
+    last_start: [Micros; 3],
     costs: StepCosts,
     counters: Counters,
     /// Steps without a failure of the verifier since the last one with.
@@ -183,6 +186,7 @@ impl Engine {
             blocks,
             sequences: BTreeMap::new(),
             share: FairShare::default(),
+            last_start: [Micros(0); 3],
             costs: StepCosts::default(),
             counters: Counters::default(),
             health: VerifierHealth::default(),
@@ -281,6 +285,12 @@ impl Engine {
     #[must_use]
     pub fn has_failed(&self) -> bool {
         self.health.has_failed(self.config.verifier_failures_max)
+    }
+
+    /// When a request of each class last started, in the order of [`Priority::ALL`].
+    #[must_use]
+    pub fn last_starts(&self) -> [Micros; 3] {
+        self.last_start
     }
 
     /// Whether the installed draft is in quarantine.

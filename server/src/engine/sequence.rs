@@ -41,6 +41,8 @@ pub(super) struct Sequence {
     pub(super) charged_len: usize,
     /// Since when it waits, or waited before it started.
     pub(super) waiting_since: Micros,
+    /// When it last had rows.
+    pub(super) last_rows: Micros,
     /// Whether it holds all blocks it can ever need.
     pub(super) is_pinned: bool,
     /// Whether its reader is so far behind that it waits.
@@ -73,6 +75,7 @@ impl Sequence {
             num_remembered: 0,
             charged_len: 0,
             waiting_since: now,
+            last_rows: now,
             is_pinned: false,
             is_paused: false,
             cached_len: 0,

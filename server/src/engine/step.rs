@@ -93,6 +93,7 @@ impl Engine {
             costs: &self.costs,
             sequences: &self.sequences,
             now,
+            last_start: self.last_start,
         };
         room.scheduler.plan(circumstances, &mut room.plan);
     }
@@ -111,6 +112,9 @@ impl Engine {
         // All starts come before any growth: growth may evict what they found.
         for admission in &plan.admit {
             self.start(admission);
+            let sequence = self.sequences.get_mut(&admission.id);
+            let sequence = sequence.expect("plans name known sequences");
+            self.last_start[sequence.request.priority as usize] = now;
         }
         for admission in plan.admit.iter().filter(|admission| admission.is_pinned) {
             let id = admission.id;
@@ -121,6 +125,7 @@ impl Engine {
         for rows in &plan.rows {
             let sequence = self.sequences.get_mut(&rows.id).expect("plans name known sequences");
             sequence.first_planned.get_or_insert(now);
+            sequence.last_rows = now;
             let len = sequence.computed_len + rows.chunk_len + rows.draft_len;
             let grown = self.blocks.grow(&mut sequence.blocks, len);
             grown.expect("the plan counted the free blocks");

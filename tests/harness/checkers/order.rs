@@ -3,7 +3,8 @@
 //!
 //! Why nobody waits for ever (I9). Those that wait stand in one line, ordered by class, then by
 //! what their tenant was served, then by age; the first that does not fit stops it. A class rises
-//! with every `priority_aging` of waiting, so after two of them a request is in the first class.
+//! with every `priority_aging` in which nobody of it started, so after two of them a request is in
+//! the first class.
 //! There, one of another tenant can go before it only while that tenant was served less. Each such
 //! start raises that tenant's service by what it computes, so together they get at most the
 //! difference at that moment and one request each more; then the line is at its tenant, where only
@@ -44,7 +45,9 @@ impl Checker {
     }
 
     fn place(&self, before: &Before, view: &SequenceView<'_>) -> Place {
-        let waited = self.before.now.since(self.known[&view.id].waiting_since);
+        let since = self.known[&view.id].waiting_since;
+        let since = since.max(self.before.last_starts[view.priority as usize]);
+        let waited = self.before.now.since(since);
         let steps_up = waited.0 / self.config.priority_aging.0.max(1);
         let class = (view.priority as usize).saturating_sub(usize::try_from(steps_up).unwrap());
         (class, before.service, view.id)

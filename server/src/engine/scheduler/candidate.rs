@@ -1,6 +1,7 @@
 //! Owns what planning must know about a sequence, and what it has decided for it so far.
 
 use slipstream_model::block_manager::BlockManager;
+use slipstream_model::clock::Micros;
 use slipstream_model::ids::{BLOCK_LEN, SequenceId};
 
 use super::Circumstances;
@@ -50,7 +51,7 @@ impl Candidate {
             priority: sequence.request.priority,
             tenant: sequence.request.tenant,
             service: around.share.service(sequence.request.tenant),
-            class: class(around, sequence),
+            class: class(around, sequence, sequence.last_rows),
             tokens_len: sequence.tokens.len(),
             computed_len: sequence.computed_len,
             draft_len_wanted: if around.can_propose {
@@ -123,21 +124,24 @@ pub(super) struct Waiting {
 
 impl Waiting {
     pub(super) fn new(around: Circumstances<'_>, sequence: &Sequence) -> Self {
+        // A class that is served does not age, however long its line: otherwise a flood would
+        // overtake everybody by its age.
+        let served = around.last_start[sequence.request.priority as usize];
         Self {
             id: sequence.id,
             tenant: sequence.request.tenant,
             service: around.share.service(sequence.request.tenant),
-            class: class(around, sequence),
+            class: class(around, sequence, sequence.waiting_since.max(served)),
             // Nobody makes room for a reader that is behind.
             is_seen: sequence.is_paused,
         }
     }
 }
 
-/// The class in which a sequence stands in line: one more urgent after each time of aging, so that
-/// no class waits for ever.
-fn class(around: Circumstances<'_>, sequence: &Sequence) -> usize {
-    let waited = around.now.since(sequence.waiting_since).0;
+/// The class in which a sequence stands in line: one more urgent after each time of aging in which
+/// nothing was done for it, so that no class waits for ever.
+fn class(around: Circumstances<'_>, sequence: &Sequence, since: Micros) -> usize {
+    let waited = around.now.since(since).0;
     let steps_up = waited / around.config.priority_aging.0.max(1);
     let class = sequence.request.priority as usize;
     class.saturating_sub(usize::try_from(steps_up).unwrap_or(usize::MAX))

@@ -86,6 +86,8 @@ pub(super) struct Circumstances<'a> {
     pub(super) costs: &'a StepCosts,
     pub(super) sequences: &'a BTreeMap<SequenceId, Sequence>,
     pub(super) now: Micros,
+    /// When a request of each class last started, in the order of `Priority::ALL`.
+    pub(super) last_start: [Micros; 3],
 }
 
 /// Plans steps. Holds only scratch memory, reused from step to step.
