@@ -60,11 +60,13 @@ impl Bench {
     }
 
     fn submit(&mut self, request: Request) {
-        self.tenants.push(request.tenant);
+        let tenant = request.tenant;
+        self.tenants.push(tenant);
         let id = SequenceId(self.tenants.len() as u64);
         match self.engine.submit(id, request) {
             Ok(()) => {}
-            Err(SubmitError::QueueFull { .. }) => self.num_refused += 1,
+            // Whoever floods is refused, and nobody else.
+            Err(SubmitError::QueueFull { .. }) if tenant == NOISY => self.num_refused += 1,
             Err(error) => panic!("{id}: {error}"),
         }
     }
@@ -139,25 +141,26 @@ fn stream(tenant: TenantId, priority: Priority, num: usize, mean_us: f64) -> Vec
 /// A core's worth of a small network: 5 ms for the weights, a millisecond for each row.
 const COST: ForwardCost = ForwardCost { base_ns: 5_000_000, row_ns: 1_000_000, pair_ns: 1_000 };
 
-/// Requests of a flood: as many as the queue takes.
-const NUM_NOISY: usize = 380;
+/// Requests of a flood.
+const NUM_NOISY: usize = 6_000;
 
 /// Times to first token of the quiet tenant, alone and beside a flood: their 99th percentiles.
 fn quiet_and_flooded(priority: Priority) -> [Micros; 2] {
     let limits = ForwardLimits { vocab_size: VOCAB_SIZE, context_len: 256, num_blocks: 160 };
     let config = EngineConfig { max_running: 8, max_waiting: 400, ..EngineConfig::default() };
-    let quiet = stream(QUIET, Priority::Normal, 300, 500_000.0);
-    // Many times what the machine can do: it waits in the queue for most of the quiet one's time.
-    let noisy = stream(NOISY, priority, NUM_NOISY, 20_000.0);
+    // A tenth of what the machine can do.
+    let quiet = stream(QUIET, Priority::Normal, 300, 2_000_000.0);
+    // More than the machine can do, all the time: the queue is as full as one tenant may make it.
+    let noisy = stream(NOISY, priority, NUM_NOISY, 100_000.0);
     let mut alone = Bench::new(config, COST, limits);
     alone.run(quiet.clone().into());
     let mut flooded = Bench::new(config, COST, limits);
     let mut all = [quiet, noisy].concat();
     all.sort_by_key(|request| request.arrival);
     flooded.run(all.into());
-    assert_eq!(flooded.num_refused, 0, "the queue holds the flood");
+    assert!(flooded.num_refused > 1_000, "it is no flood");
     let num_late = flooded.first_tokens.iter().filter(|(tenant, _)| *tenant == NOISY).count();
-    assert_eq!(num_late, NUM_NOISY, "the noisy one is served too");
+    assert_eq!(num_late + flooded.num_refused, NUM_NOISY, "the noisy one is served too");
     report(&format!(
         "  fairness: p99 of the quiet tenant {:.0} ms alone, {:.0} ms beside a {} flood, whose own \
          is {:.0} ms; {} preemptions",

@@ -29,8 +29,6 @@ use crate::net::settings::NetConfig;
 const EMBEDDED: &str = "embedded";
 /// What `--draft-model` says for no draft.
 const NONE: &str = "none";
-/// Requests beyond those that the engine holds that may wait for its answer, at least.
-const REQUESTS_ON_THEIR_WAY: usize = 16;
 
 /// Weight format in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -190,12 +188,10 @@ impl Config {
         })
     }
 
-    /// Requests that may be alive at the same time: as many as the engine holds, and some that are
-    /// on their way to hear from it that it is full, and when to come back.
+    /// Requests that the server holds at the same time at most.
     #[must_use]
     pub fn requests_max(&self) -> usize {
-        let held = self.engine.max_running + self.engine.max_waiting;
-        held + (held / 4).max(REQUESTS_ON_THEIR_WAY)
+        self.engine.max_running + self.engine.max_waiting
     }
 }
 

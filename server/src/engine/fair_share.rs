@@ -10,6 +10,9 @@ use super::request::TenantId;
 const PROMPT_WEIGHT: u64 = 1;
 /// What an output token counts; both weights are those of the paper's evaluation.
 const OUTPUT_WEIGHT: u64 = 2;
+/// Virtual tokens by which a tenant that comes back may be behind the others: what it asks for
+/// after a pause goes before the backlog of those who never pause.
+const CREDIT: u64 = 1024;
 /// Tenants without requests that are remembered because they are ahead of others. Beyond that all
 /// of them are forgotten, so that nobody can fill the memory with names.
 const ABSENT_MAX: usize = 4096;
@@ -30,14 +33,14 @@ pub(super) struct FairShare {
 }
 
 impl FairShare {
-    /// A request of `tenant` begins to wait. One that had none starts level with the least served
-    /// of the others: time without requests is no credit.
+    /// A request of `tenant` begins to wait. One that had none starts nearly level with the least
+    /// served of the others: a long time without requests is no more credit than a short one.
     pub(super) fn arrives(&mut self, tenant: TenantId) {
         let least = self.least();
         let is_known = self.tenants.contains_key(&tenant);
         let entry = self.tenants.entry(tenant).or_default();
         if entry.num_live == 0 {
-            entry.service = entry.service.max(least.unwrap_or(0));
+            entry.service = entry.service.max(least.unwrap_or(0).saturating_sub(CREDIT));
             self.num_absent -= usize::from(is_known);
         }
         entry.num_live += 1;
@@ -76,6 +79,11 @@ impl FairShare {
         self.tenants.get(&tenant).map_or(0, |tenant| tenant.service)
     }
 
+    /// Requests of a tenant that wait or run.
+    pub(super) fn num_live(&self, tenant: TenantId) -> usize {
+        self.tenants.get(&tenant).map_or(0, |tenant| tenant.num_live)
+    }
+
     /// Tenants with requests.
     pub(super) fn num_active(&self) -> usize {
         self.tenants.len() - self.num_absent
@@ -84,29 +92,29 @@ impl FairShare {
 
 #[cfg(test)]
 mod tests {
-    use super::{ABSENT_MAX, FairShare};
+    use super::{ABSENT_MAX, CREDIT, FairShare};
     use crate::engine::request::TenantId;
 
     const A: TenantId = TenantId(1);
     const B: TenantId = TenantId(2);
 
     #[test]
-    fn who_comes_back_has_no_credit_and_keeps_its_debt() {
+    fn who_comes_back_has_little_credit_and_keeps_its_debt() {
         let mut share = FairShare::default();
         share.arrives(A);
-        share.charge(A, 100, 50);
-        assert_eq!(share.service(A), 200);
+        share.charge(A, 4_000, 500);
+        assert_eq!(share.service(A), 5_000);
         share.arrives(B);
-        assert_eq!(share.service(B), 200, "level with the least served");
+        assert_eq!(share.service(B), 5_000 - CREDIT, "nearly level with the least served");
         share.charge(B, 10, 0);
         share.leaves(A);
         share.arrives(A);
-        assert_eq!(share.service(A), 210);
+        assert_eq!(share.service(A), 5_000);
         share.charge(A, 500, 0);
         share.leaves(A);
         share.arrives(A);
-        assert_eq!(share.service(A), 710, "leaving is no way out of debt");
-        assert_eq!(share.num_active(), 2);
+        assert_eq!(share.service(A), 5_500, "leaving is no way out of debt");
+        assert_eq!((share.num_active(), share.num_live(A)), (2, 1));
     }
 
     #[test]

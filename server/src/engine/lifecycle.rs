@@ -25,6 +25,10 @@ const ENDS_WEIGHT: f64 = 0.1;
 /// Bounds of the time after which a client that was sent away may come back.
 const RETRY_LEAST: Micros = Micros(200_000);
 const RETRY_MOST: Micros = Micros(30_000_000);
+/// Of this many places one is for requests of other tenants than the one with the most, if there
+/// are enough to give some away.
+const OTHERS_PART: usize = 16;
+const PLACES_ENOUGH: usize = 64;
 /// What is certain of a predicted time: a request is refused as too late only if even this part of
 /// the prediction is more than it has.
 const CERTAIN_PART: u64 = 2;
@@ -84,7 +88,10 @@ impl Engine {
         self.check_size(request)?;
         let live = self.sequences.values().filter(|sequence| !sequence.is_finished());
         let limit = self.config.max_running + self.config.max_waiting;
-        if live.count() >= limit {
+        // Some places are for the others: whoever fills the queue does not shut them out.
+        let num_kept = if limit < PLACES_ENOUGH { 0 } else { limit / OTHERS_PART };
+        let own_limit = limit - num_kept;
+        if live.count() >= limit || self.share.num_live(request.tenant) >= own_limit {
             let retry_after = self.ends.time_for(1 + self.config.max_waiting / 4);
             return Err(SubmitError::QueueFull { limit, retry_after });
         }
