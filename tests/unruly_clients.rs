@@ -48,6 +48,8 @@ const NUM_CLIENTS: usize = 200;
 const NUM_WELL_BEHAVED: usize = 20;
 /// Clients who are at work at the same time, silent and slow ones not counted.
 const NUM_AT_ONCE: usize = 64;
+/// Slow readers at the same time: this machine has to read for all of them in time.
+const NUM_SLOW: usize = 32;
 /// Connections that clients share who reset a stream but not a connection.
 const NUM_SHARED: u64 = 8;
 /// How often a slow reader takes an event. The server hears of it when half of the window is free,
@@ -136,6 +138,8 @@ struct Stage {
     shared: Vec<Client>,
     /// Places of those at work.
     turns: Semaphore,
+    /// Places of those who read slowly.
+    slow_turns: Semaphore,
     /// Becomes true when those who read slowly may go.
     is_over: watch::Sender<bool>,
 }
@@ -178,6 +182,7 @@ impl Stage {
             silencing: FlakyProxy::start(server, Fate::Silence, bytes(2)).await,
             shared,
             turns: Semaphore::new(NUM_AT_ONCE),
+            slow_turns: Semaphore::new(NUM_SLOW),
             is_over: watch::Sender::new(false),
         })
     }
@@ -252,8 +257,10 @@ impl Stage {
         }
     }
 
-    /// Takes one event at a time until all is over: slow, but never still for the stall limit.
+    /// Takes one event at a time until its end or that of all: slow, but never still for the stall
+    /// limit.
     async fn read_slowly(&self, mut rng: Rng) {
+        let _turn = self.slow_turns.acquire().await.unwrap();
         let mut is_over = self.is_over.subscribe();
         let mut client = connect(self.server, Some(NARROW_WINDOW_BYTES)).await;
         let mut events = client.generate(long(&mut rng)).await.unwrap().into_inner();
