@@ -124,7 +124,6 @@ fn engine_config(rng: &mut Rng) -> EngineConfig {
         priority_aging: Micros(*rng.pick(&[2_000, 20_000, 200_000, 10_000_000])),
         prefix_reuse: !rng.one_in(8),
         verifier_failures_max: rng.between(1, 3),
-        ..EngineConfig::default()
     }
 }
 
