@@ -3,7 +3,7 @@
 //! tensors and no policy.
 
 use slipstream_model::block_manager::{BlockManager, BlockTable, OutOfBlocks};
-use slipstream_model::ids::{BlockId, TokenId};
+use slipstream_model::ids::{BLOCK_LEN, BlockId, TokenId};
 
 use super::prefix_cache::{BlockKey, Contents, PrefixCache};
 use super::request::PrefixScope;
@@ -98,7 +98,7 @@ impl BlockPool {
         table: &mut BlockTable,
         position: usize,
     ) -> Result<Option<(BlockId, BlockId)>, OutOfBlocks> {
-        let index = position / slipstream_model::ids::BLOCK_LEN;
+        let index = position / BLOCK_LEN;
         match table.blocks().get(index) {
             Some(&block) if self.is_shared(block) => {
                 self.make_free(1)?;
@@ -132,7 +132,7 @@ impl BlockPool {
         while table.blocks().len() > wanted
             && let Some(&last) = table.blocks().last()
         {
-            let shorter = (table.blocks().len() - 1) * slipstream_model::ids::BLOCK_LEN;
+            let shorter = (table.blocks().len() - 1) * BLOCK_LEN;
             self.blocks.shrink(table, shorter);
             self.note_idle(last);
         }

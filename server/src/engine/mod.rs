@@ -142,7 +142,8 @@ pub struct SequenceView<'a> {
     pub cached_len: usize,
     /// Times that its blocks were taken back.
     pub num_preemptions: usize,
-    /// Whether it holds all blocks it can ever need and is never preempted again.
+    /// Whether it holds all blocks it can ever need and is preempted only while its reader is
+    /// behind.
     pub is_pinned: bool,
     /// Whether it waits for its reader.
     pub is_paused: bool,
@@ -209,12 +210,6 @@ impl Engine {
         self.sequences
             .values()
             .any(|sequence| !sequence.is_finished() && sequence.output.unread_len() < unread_max)
-    }
-
-    /// Whether any sequence has not come to its end.
-    #[must_use]
-    pub fn has_live(&self) -> bool {
-        self.sequences.values().any(|sequence| !sequence.is_finished())
     }
 
     /// The ids whose [`take_event`](Self::take_event) would return something, appended to `ids`.
